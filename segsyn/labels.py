@@ -315,18 +315,24 @@ def _table_for(space, margin=0.0):
     entries = np.vstack([space.colors, space.outline_color, space.void_color]).astype(np.uint8)
     return _entry_table(entries.tobytes(), float(margin)), entries
 
-# %% ../nbs/03_labels.ipynb #4d98c6c2
+# %% ../nbs/03_labels.ipynb #6bb4e155
 def _check_rgb(rgb, where):
     rgb = np.asarray(rgb)
     if rgb.dtype != np.uint8 or rgb.ndim < 2 or rgb.shape[-1] != 3:
         raise SegsynError("This is no colour map.", where, f"shape {rgb.shape}, type {rgb.dtype}", "uint8 (..., height, width, 3)", "convert to RGB, 0..255; drop an alpha channel")
     return rgb
 
-def _lookup(rgb, table):
-    "Entry of every pixel."
-    packed = np.zeros(rgb.shape[:-1] + (4,), np.uint8)
-    packed[..., :3] = rgb[..., ::-1] # little-endian: blue is the lowest byte
-    return table[packed.view("<u4")[..., 0]]
+def _lookup(rgb, table, meaning=None):
+    "Entry of every pixel, or what `meaning` (n,) says of its entry. In pieces that stay in the processor's cache."
+    pixels = rgb.reshape(-1, 3)
+    out = np.empty(len(pixels), table.dtype if meaning is None else meaning.dtype)
+    for start in range(0, len(pixels), 1 << 15):
+        part = pixels[start:start + (1 << 15)]
+        index = part[:, 0].astype(np.intp)
+        for channel in (1, 2): index <<= 8; index |= part[:, channel]
+        found = table.take(index, mode="clip") # every index is valid: "clip" only skips NumPy's own check
+        out[start:start + len(part)] = found if meaning is None else meaning.take(found, mode="clip")
+    return out.reshape(rgb.shape[:-1])
 
 def decode_colors(
     rgb: np.ndarray,         # uint8 (...,H,W,3)
@@ -341,7 +347,7 @@ def decode_colors(
     table, entries = _table_for(space, margin)
     meaning = np.full(len(entries), space.ignore_id, space.dtype)
     meaning[:space.num_classes] = np.arange(space.num_classes)
-    return meaning[_lookup(rgb, table)]
+    return _lookup(rgb, table, meaning)
 
 # %% ../nbs/03_labels.ipynb #43b4c2b1
 def color_distance(
@@ -361,7 +367,7 @@ def _check_strict(rgb, space):
         raise SegsynError("The colour map has colours that are not in the palette.", "decode_colors(strict=True)", f"{len(colors)} colours: {', '.join(listed)}" + (", …" if len(colors) > 8 else ""),
                           "the colours of the label space", "decode with strict=False for the nearest colour, or give the palette that the map was drawn with")
 
-# %% ../nbs/03_labels.ipynb #a50423b6
+# %% ../nbs/03_labels.ipynb #29547eee
 def _strengths(segments, classes, space):
     "Rank of every segment (0 weakest): ignored, background, stuff, things; larger before smaller. `segments` (H,W) numbers segments, `classes` (n,) names theirs."
     level = np.array([3 if t else 2 for t in space.things])
@@ -373,10 +379,13 @@ def _strengths(segments, classes, space):
     rank[order] = np.arange(len(classes))
     return rank
 
-def _neighbours(values, fill):
-    "The four direct neighbours of every pixel, `fill` outside: (4,H,W)."
-    p = np.pad(values, 1, constant_values=fill)
-    return np.stack([p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
+_DIRECT = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_AROUND = _DIRECT + ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+def _neighbours(values, fill, steps=_DIRECT):
+    "The neighbours of every pixel, `fill` outside: (4,H,W), or (8,H,W) with the diagonal ones."
+    (height, width), p = values.shape, np.pad(values, 1, constant_values=fill)
+    return np.stack([p[1 + y:1 + y + height, 1 + x:1 + x + width] for y, x in steps])
 
 # %% ../nbs/03_labels.ipynb #3e7a7a36
 def _check_instances(mask, instances):
@@ -403,7 +412,7 @@ def draw_outlines(
     rgb[outline] = space.outline_color
     return rgb
 
-# %% ../nbs/03_labels.ipynb #ec2b7c34
+# %% ../nbs/03_labels.ipynb #c0a42edb
 def _label_parts(mask, outline, space, smallest):
     "Segments of a decoded map: (H,W) segment numbers with -1 for outline pixels, and the class of every segment. Things are cut into connected parts."
     segments, classes = np.full(mask.shape, -1, np.int64), []
@@ -417,22 +426,22 @@ def _label_parts(mask, outline, space, smallest):
         classes += [int(class_id)] * int(keep.sum())
     return segments, np.array(classes, np.int64)
 
-def _grow(strength):
-    "Give pixels of strength -1 to the weakest of the nearest segments, layer by layer; what is far from everything goes to the nearest at once."
+def _grow(strength, width):
+    "Give pixels of strength -1 to the weakest segment within `width` steps (diagonal ones too, for corners) through the outline; the rest to the nearest segment."
     nobody, none = np.iinfo(np.int64).max, strength < 0
     strength = np.where(none, nobody, strength)
-    for _ in range(8):
-        if not none.any() or none.all(): return strength
-        strength = np.where(none, _neighbours(strength, nobody).min(0), strength)
-        none = strength == nobody
+    for _ in range(width):
+        strength = np.where(none, np.minimum(strength, _neighbours(strength, nobody, _AROUND).min(0)), strength)
+    none = strength == nobody
     if none.any(): strength = strength[tuple(ndimage.distance_transform_edt(none, return_distances=False, return_indices=True))]
     return strength
 
-# %% ../nbs/03_labels.ipynb #021f40f3
+# %% ../nbs/03_labels.ipynb #3a08be69
 def recover_instances(
     rgb: np.ndarray,           # uint8 (H,W,3), drawn with outlines or generated
     space: LabelSpace,
     margin: float = 0.0,       # as in decode_colors
+    width: int = 1,            # pixels, the line width that the map was drawn with
     smallest: int = 1,         # parts of things with fewer pixels than this go to their neighbours
 ) -> tuple[np.ndarray, np.ndarray]: # mask (H,W) of space.dtype, and instances uint16 (H,W) numbered from 1 in class order, 0 for stuff
     "Mask and instances from an outlined colour map, the inverse of draw_outlines as far as there is one. Raises SegsynError for no colour map or more than 65535 parts."
@@ -442,7 +451,7 @@ def recover_instances(
     segments, classes = _label_parts(mask, _lookup(rgb, table) == space.num_classes, space, smallest)
     if not len(classes): return np.full_like(mask, space.ignore_id), np.zeros(mask.shape, np.uint16)
     rank = _strengths(segments, classes, space)
-    segments = np.argsort(rank)[_grow(np.where(segments < 0, -1, rank[segments]))]
+    segments = np.argsort(rank)[_grow(np.where(segments < 0, -1, rank[segments]), width)]
     is_thing = np.array([c != space.ignore_id and space.things[c] for c in classes])
     if is_thing.sum() > 65535: raise SegsynError("The colour map falls into too many parts.", "recover_instances", int(is_thing.sum()), "65535 things", "raise `smallest`")
     number = np.where(is_thing, np.cumsum(is_thing), 0)
