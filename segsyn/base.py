@@ -9,8 +9,8 @@ __all__ = ['SAMPLERS', 'full_size_config', 'build_parts', 'resolve_precision', '
            'sample_noise', 'sample_latents', 'signal_share', 'add_noise', 'training_target', 'min_snr_weights',
            'diffusion_loss', 'DenoiserWithText', 'DiffusionLoss', 'use_explicit_attention']
 
-# %% ../nbs/09_base.ipynb #c97a5b7a
-import contextlib, copy, dataclasses, functools, hashlib, json
+# %% ../nbs/09_base.ipynb #6637b97e
+import copy, functools, hashlib, json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
                        StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
-from .files import SegsynError, atomic_folder, canonical_json, folder_hashes, nearest_name, read_json, write_json
+from .files import SegsynError, atomic_folder, canonical_json, file_sha256, fingerprint, nearest_name, read_json, write_json
+from .hub import resolve_model, wanted_files
 
 # %% ../nbs/09_base.ipynb #26a6dc7d
 _SD_UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8) # the rest are the defaults of diffusers
@@ -100,7 +101,11 @@ def train_tokenizer(
     pieces = [*alphabet, *(a + "</w>" for a in alphabet), *dict.fromkeys(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=max_length, pad_token=pad_token)
 
-# %% ../nbs/09_base.ipynb #b77b2544
+# %% ../nbs/09_base.ipynb #f5cb1613
+def _weights_version(*modules):
+    "A number that every change in place of a weight raises, such as an optimiser's step."
+    return sum(p._version for m in modules if m is not None for p in m.parameters())
+
 @dataclass
 class Base:
     "A latent diffusion base taken apart. Everything about sizes is read from the parts' configs."
@@ -112,13 +117,14 @@ class Base:
     reference: str = "in memory" # where it came from
     dtype: torch.dtype = torch.float32 # what the denoiser computes in
     zero_empty: bool = False     # SDXL: "no prompt" is a vector of zeros, not the encoding of an empty text
-    _cache: OrderedDict = field(default_factory=OrderedDict, repr=False)
-    _fingerprint: str = field(default="", repr=False)
+    _cache: OrderedDict = field(default_factory=OrderedDict, repr=False)     # encoded prompts
+    _source: tuple | None = field(default=None, repr=False)                  # the folder, and the weights' version when they were read from it
+    _known: tuple = field(default=(-1, ""), repr=False)                      # the weights' version, and their fingerprint
 
     @property
     def kind(self) -> str: return "sdxl" if len(self.text_encoders) == 2 else "sd"
     @property
-    def device(self) -> torch.device: return self.unet.device
+    def device(self) -> torch.device: return (self.unet or self.vae).device
     @property
     def factor(self) -> int: return 2**(len(self.vae.config.block_out_channels) - 1)
     @property
@@ -130,7 +136,7 @@ class Base:
     def latent_shape(self, size=None) -> tuple[int, int, int]: return latent_shape(self, size)
     def autocast(self, enabled=True):
         "Half precision for the denoiser where its weights are fp32 (CPU); no effect where the weights are half already (GPU)."
-        wanted = enabled and self.dtype != torch.float32 and self.unet.dtype == torch.float32
+        wanted = enabled and self.dtype != torch.float32 and self.unet is not None and self.unet.dtype == torch.float32
         return torch.autocast(self.device.type, self.dtype if wanted else None, enabled=wanted)
 
 # %% ../nbs/09_base.ipynb #475b3913
@@ -261,14 +267,14 @@ def _check_fit(base):
     _chosen(base.prediction_type, ("epsilon", "v_prediction"), "prediction type", f"{base.reference}/scheduler")
     return base
 
-# %% ../nbs/09_base.ipynb #c30cb649
+# %% ../nbs/09_base.ipynb #a6b0fb46
 def load_base(
-    reference: str | Path,              # a folder
+    reference: str | Path,              # a folder, or org/name@revision
     device: str | torch.device = "cpu", # where to
     precision: str = "fp32",            # of the denoiser: "auto", "fp32", "bf16", "fp16"; text encoders and autoencoder stay fp32
 ) -> Base:                              # ready to sample
-    "Load a diffusers pipeline folder as parts. Raises SegsynError for a missing folder, wrong classes, incomplete weights."
-    dtype, folder = resolve_precision(precision, device), _resolve(reference)
+    "Load a diffusers pipeline as parts. Raises SegsynError for a missing folder, wrong classes, incomplete weights."
+    dtype, folder = resolve_precision(precision, device), resolve_model(reference)
     index, classes = _read_index(folder)
     models = {part: _load_part(cls, folder, part).to(device) for part, cls in classes.items() if cls is not CLIPTokenizer}
     tokenizers = [CLIPTokenizer.from_pretrained(folder, subfolder=p, local_files_only=True) for p in classes if p.startswith("tokenizer")]
@@ -276,32 +282,30 @@ def load_base(
     if torch.device(device).type != "cpu": models["unet"].to(dtype)
     encoders = [m for p, m in models.items() if p.startswith("text_encoder")]
     zero = len(encoders) == 2 and index.get("force_zeros_for_empty_prompt", True)
-    return _check_fit(Base(models["vae"], models["unet"], encoders, tokenizers, schedule, str(reference), dtype, zero))
+    base = _check_fit(Base(models["vae"], models["unet"], encoders, tokenizers, schedule, str(reference), dtype, zero))
+    base._source = (folder, _weights_version(base.vae, base.unet, *encoders))
+    return base
 
-def _resolve(reference):
-    if (Path(reference)/"model_index.json").is_file(): return Path(reference)
-    raise SegsynError("There is no base here.", where=reference, found="no model_index.json" if Path(reference).is_dir() else "no such folder",
-                      fix="Give the folder of a diffusers pipeline.")
-
-# %% ../nbs/09_base.ipynb #cfbe8e74
+# %% ../nbs/09_base.ipynb #f7770feb
 def base_fingerprint(
-    base: Base | str | Path, # a base, or a folder that need not be loaded
+    base: Base | str | Path, # a base, or the reference of one that need not be loaded
 ) -> str:                    # 64 hexadecimal digits
-    "SHA-256 of what a base is: of its configs and weight files, or of its weights in memory. Computed once a base."
-    if not isinstance(base, Base): return _folder_fingerprint(_resolve(base))
-    if not base._fingerprint:
-        folder = Path(base.reference)
-        base._fingerprint = _folder_fingerprint(folder) if (folder/"model_index.json").is_file() else _memory_fingerprint(base)
-    return base._fingerprint
+    "SHA-256 of what a base is: its configs and weight files, or its weights where they are in memory only or have changed since."
+    if not isinstance(base, Base): return _folder_fingerprint(resolve_model(base))
+    version = _weights_version(base.vae, base.unet, *base.text_encoders)
+    if base._known[0] != version:
+        from_disk = base._source is not None and base._source[1] == version
+        base._known = (version, _folder_fingerprint(base._source[0]) if from_disk else _memory_fingerprint(base))
+    return base._known[1]
 
 def _folder_fingerprint(folder):
-    files = {n: h for n, h in folder_hashes(folder).items() if n == "model_index.json" or "/" in n and n.endswith((".json", ".txt", ".safetensors"))}
-    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+    names = wanted_files([p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()])
+    return fingerprint({n: file_sha256(Path(folder)/n) for n in names if "/" in n or n == "model_index.json"})
 
 def _memory_fingerprint(base):
     digest = hashlib.sha256(canonical_json([base.kind, base.zero_empty, base.scheduler_config, [t.get_vocab() for t in base.tokenizers]]).encode())
     for module in (base.vae, base.unet, *base.text_encoders):
-        for name, weight in sorted(module.state_dict().items()):
+        for name, weight in sorted(module.state_dict().items() if module is not None else ()):
             digest.update(name.encode()); digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -389,7 +393,7 @@ def tokenize_prompts(
                                   allowed=f"{tokenizer.model_max_length} with both marks", fix="Build prompts with build_prompt(..., tokenizer), which keeps the class names, or pass truncate=True.")
     return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")["input_ids"]
 
-# %% ../nbs/09_base.ipynb #39656883
+# %% ../nbs/09_base.ipynb #3e296c1a
 @torch.no_grad()
 def _encode_one(base, prompt, truncate):
     hidden, pooled = [], None
@@ -407,8 +411,7 @@ _CACHE_BYTES = 256*2**20
 
 def _remembered(base, prompt, truncate):
     "The encoding of a prompt under the present weights of the text encoders; the oldest are forgotten."
-    version = sum(p._version for t in base.text_encoders for p in t.parameters()) # an optimiser's step raises it
-    key, cache = (prompt, truncate, version, str(base.device)), base._cache
+    key, cache = (prompt, truncate, _weights_version(*base.text_encoders), str(base.device)), base._cache
     if key in cache: cache.move_to_end(key)
     else:
         cache[key] = _encode_one(base, prompt, truncate)
@@ -442,7 +445,7 @@ def empty_conditioning(
     if base.zero_empty: empty.hidden, empty.pooled = torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled)
     return empty
 
-# %% ../nbs/09_base.ipynb #83570640
+# %% ../nbs/09_base.ipynb #274da9cc
 SAMPLERS = {"ddpm": (DDPMScheduler, {}), "ddim": (DDIMScheduler, {}),
             "dpm++": (DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2)),
             "euler-edm": (EulerDiscreteScheduler, dict(use_karras_sigmas=True))}
@@ -463,6 +466,8 @@ def make_sampler(
     limit = config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= limit:
         raise SegsynError("The number of steps is out of range.", where="steps", found=steps, allowed=f"whole numbers from 1 to {limit}")
+    offset, stride = config.get("steps_offset", 0), limit//steps
+    if (steps - 1)*stride + offset >= limit: config["steps_offset"] = 0 # all 1,000 steps: there is no room for an offset
     scheduler = cls.from_config(config, **extra)
     scheduler.set_timesteps(int(steps), device=device)
     return scheduler
