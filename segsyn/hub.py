@@ -108,7 +108,7 @@ def wanted_files(
         chosen.append(n)
     return chosen
 
-# %% ../nbs/08_hub.ipynb #7780e9bb
+# %% ../nbs/08_hub.ipynb #104ce097
 def _by_hand(repo, revision): return (f"With a network: `hf download {repo}{f' --revision {revision}' if revision else ''} --local-dir FOLDER`; then give FOLDER in place of {repo}. "
                                       "Or point HF_HOME at a cache that holds it. HF_HUB_OFFLINE=1 forbids the network; unset it to allow.")
 
@@ -119,10 +119,11 @@ def _hub_error(error, repo, revision, missing):
     if isinstance(error, RepositoryNotFoundError): return SegsynError("The Hub has no such model, or it is private.", where=where, fix="Look for a typing error in the name; for a private model, `hf auth login`.")
     if isinstance(error, RevisionNotFoundError): return SegsynError("The model has no such revision.", where=where, found=revision, fix="Look at the list of commits on its page.")
     if isinstance(error, HfHubHTTPError): return SegsynError("The Hub answered with an error.", where=where, found=f"status {status}", fix=f"Try again later. {fix}")
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or missing: return SegsynError("A file of the model is not on this computer, and the Hub cannot be asked for it.", where=where, found=f"missing: {missing}", fix=fix)
-    return SegsynError("The download broke off.", where=where, found=f"{type(error).__name__}: {error}", fix=f"Run again: what has arrived is kept. {fix}")
+    unreachable = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or "Connect" in type(error).__name__
+    if unreachable: return SegsynError("A file of the model is not on this computer, and the Hub cannot be asked for it.", where=where, found=f"missing: {missing}", fix=fix)
+    return SegsynError("The download broke off.", where=where, found=f"missing: {missing}; {type(error).__name__}: {error}", fix=f"Run again: what has arrived is kept. {fix}")
 
-# %% ../nbs/08_hub.ipynb #7f1f28db
+# %% ../nbs/08_hub.ipynb #c2849be5
 def _cached(repo, revision, required, cache_dir):
     "(folder or None, first missing file) without the network."
     try: folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=list(required) or None))
@@ -137,8 +138,8 @@ def _download(repo, revision, required, cache_dir):
     if not (set(required) <= set(names)): raise SegsynError("The model lacks a file that is needed.", where=where, found=f"missing: {', '.join(sorted(set(required) - set(names)))}", fix="Choose a model in the layout of diffusers or transformers.")
     pickles = sorted(n for n in names if n.endswith(_pickles))
     if pickles and not any(n.endswith(".safetensors") for n in names): raise SegsynError("The weights are there only as a pickle, which can run code when it is opened.", where=where, found=", ".join(pickles), allowed="safetensors", fix="Look for a revision or a copy with safetensors.")
-    folder = Path(snapshot_download(repo, revision=info.sha, cache_dir=cache_dir, allow_patterns=wanted_files(names)))
-    if revision != info.sha: warnings.warn(f"{where} may change; what was loaded is {repo}@{info.sha}", stacklevel=4)
+    folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=wanted_files(names)))
+    if revision != resolved_revision(folder): warnings.warn(f"{where} may change; what was loaded is {repo}@{resolved_revision(folder)}", stacklevel=4)
     return folder
 
 # %% ../nbs/08_hub.ipynb #2ea2abb1
