@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'Request', 'request_facts', 'Method', 'check_method', 'load_method', 'plan_requests', 'make_chunk',
            'read_journal', 'synthesis_facts', 'count_rejects', 'contact_sheet', 'synthesise']
 
-# %% ../nbs/12_synthesis.ipynb #23640be1
-import errno, functools, hashlib, heapq, importlib, inspect, itertools, multiprocessing, os, platform, shutil, signal, sys, threading, time
+# %% ../nbs/12_synthesis.ipynb #b5841850
+import errno, functools, hashlib, heapq, importlib, inspect, itertools, multiprocessing, os, pickle, platform, shutil, signal, sys, threading, time
 import numpy as np
 import pydantic, torch
 from collections import Counter
@@ -353,14 +353,14 @@ def _start_worker(recipe, threads, folder, space, accept):
 
 def _work(requests): return make_chunk(_worker["method"], requests, _worker["folder"], _worker["space"], _worker["accept"])
 
-# %% ../nbs/12_synthesis.ipynb #b9376472
+# %% ../nbs/12_synthesis.ipynb #a3d839bd
 @contextmanager
 def _worker_pool(workers, *start):
     "A pool of fresh processes; on the way out, running chunks are finished and written."
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=start)
     try: yield pool
     except BrokenProcessPool as error:
-        raise SegsynError("A worker process ended by itself.", found=str(error), fix="Often the memory ran out: use fewer workers or a smaller chunk. Run again to go on.") from error
+        raise SegsynError("A worker process ended by itself.", found=str(error), fix="Often the memory ran out: use fewer workers or a smaller chunk. A script that starts workers needs `if __name__ == \"__main__\":`. Run again to go on.") from error
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 def _share(pool, workers, chunks):
@@ -414,7 +414,7 @@ def count_rejects(
     counts = Counter(reason for found in reasons.values() for reason in found)
     return {"rejected": dict(sorted(counts.items())), "dropped": sum(len(found) == retries + 1 for found in reasons.values())}
 
-# %% ../nbs/12_synthesis.ipynb #99c41d42
+# %% ../nbs/12_synthesis.ipynb #905e8b5f
 def _check_space(work, outcomes, left):
     "After the first chunk, the size of the rest is known: say now that it will not fit, not in ten hours."
     sizes = [sum((work/n).stat().st_size for n in o["files"]) for o in outcomes if "files" in o]
@@ -424,15 +424,17 @@ def _check_space(work, outcomes, left):
 
 def _make_all(run_chunks, requests, outcomes, work, chunk_size, retries, progress, caught, say):
     "Rounds of attempts over everything that is not there yet; fills `outcomes`."
-    settled = lambda: sum(_final(r, outcomes, retries) is not None or (r.key, retries) in outcomes for r in requests)
-    with tqdm(total=len(requests), initial=settled(), unit="sample", disable=not progress or None, desc=work.name[:-13]) as bar:
+    settled = sum(_final(r, outcomes, retries) is not None or (r.key, retries) in outcomes for r in requests)
+    rejected = sum(o["reason"] is not None for o in outcomes.values())
+    with tqdm(total=len(requests), initial=settled, unit="sample", disable=not progress, desc=work.name[:-13], mininterval=0.5) as bar:
         for attempt in range(retries + 1):
             pending = _pending(requests, outcomes, attempt)
             for n, found in enumerate(run_chunks([pending[i:i + chunk_size] for i in range(0, len(pending), chunk_size)])):
                 outcomes.update({(o["key"], o["attempt"]): o for o in found})
                 if n == 0: _check_space(work, found, len(pending))
+                rejected += sum(o["reason"] is not None for o in found)
+                bar.set_postfix(rejected=rejected, refresh=False)
                 bar.update(sum(o["reason"] is None or attempt == retries for o in found))
-                bar.set_postfix(rejected=sum(o["reason"] is not None for o in outcomes.values()))
                 _leave_if_asked(caught, bar.n, len(requests), say)
         _leave_if_asked(caught, bar.n, len(requests), say)
 
@@ -497,6 +499,22 @@ def _check_requests(requests, space):
     for request in requests:
         for name in request.classes: space.id_of(name)
 
+# %% ../nbs/12_synthesis.ipynb #116dc8da
+def _chunk_runner(stack, method, recipe, workers, threads, work, space, accept):
+    "A function from chunks to their outcomes: here, or in processes that start with the first chunk."
+    if workers == 1:
+        stack.enter_context(_torch_threads(threads))
+        return lambda chunks: (make_chunk(method, c, work, space, accept) for c in chunks)
+    if hasattr(recipe, "fingerprint"): raise SegsynError("Workers build the method themselves and need a recipe.", where="method", found=type(recipe).__name__,
+                                                         fix="Give functools.partial(load_method, name, ...) instead of the method, or use one worker.")
+    try: pickle.dumps((recipe, accept))
+    except Exception as error: raise SegsynError("Recipe and acceptance function have to be picklable for workers.", where="method, accept", found=str(error), fix="Define them in a module, not in a notebook or as a lambda.") from None
+    pool = []
+    def run(chunks):
+        if chunks and not pool: pool.append(stack.enter_context(_worker_pool(workers, recipe, threads, work, space, accept)))
+        return _share(pool[0], workers, chunks) if chunks else iter(())
+    return run
+
 # %% ../nbs/12_synthesis.ipynb #9c39690f
 def synthesise(
     method: Method | Callable[[], Method], # a method, or a recipe that builds one; workers need a recipe that can be pickled
@@ -535,17 +553,3 @@ def synthesise(
         _commit(work, folder, requests, outcomes, space, title, known, retries)
         _leave_if_asked(caught, len(requests), len(requests), say)
     return folder
-
-# %% ../nbs/12_synthesis.ipynb #fc52b59d
-def _chunk_runner(stack, method, recipe, workers, threads, work, space, accept):
-    "A function from chunks to their outcomes: here, or in processes that start with the first chunk."
-    if workers == 1:
-        stack.enter_context(_torch_threads(threads))
-        return lambda chunks: (make_chunk(method, c, work, space, accept) for c in chunks)
-    if hasattr(recipe, "fingerprint"): raise SegsynError("Workers build the method themselves and need a recipe.", where="method", found=type(recipe).__name__,
-                                                         fix="Give functools.partial(load_method, name, ...) instead of the method, or use one worker.")
-    pool = []
-    def run(chunks):
-        if chunks and not pool: pool.append(stack.enter_context(_worker_pool(workers, recipe, threads, work, space, accept)))
-        return _share(pool[0], workers, chunks) if chunks else iter(())
-    return run

@@ -86,6 +86,14 @@ def test_workers_write_the_same_bytes(whole, tmp_path):
 def test_workers_need_a_recipe(tmp_path):
     with pytest.raises(SegsynError, match="recipe"): run(tmp_path/"set", tmp_path, workers=2, method=Shapes())
 
+def test_workers_need_what_can_be_pickled(tmp_path):
+    with pytest.raises(SegsynError, match="picklable"): run(tmp_path/"set", tmp_path, workers=2, accept=lambda sample: True)
+
+def test_progress_line(tmp_path, capsys):
+    synthesise(Shapes(), plan_requests(CAPTIONS, 6, 0), tmp_path/"set", SPACE, "Shapes", threads=1, accept=large_enough, root=tmp_path)
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert "6/6" in line and "sample/s" in line and "rejected=" in line
+
 def test_samples_do_not_depend_on_what_else_is_made(whole, tmp_path):
     "Alone, in another order, with other neighbours: the same pixels."
     requests = plan_requests(CAPTIONS, 8, 0)
