@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-# %% ../nbs/01_files.ipynb #71ec104e
+# %% ../nbs/01_files.ipynb #f0199556
 class SegsynError(Exception):
     "An error that a user caused and can repair. Programs end with `exit_status` and print the message alone."
     exit_status = 2
@@ -32,6 +32,10 @@ class SegsynError(Exception):
     def __str__(self):
         rest = [f"  {name}: {getattr(self, name)}" for name in ("where", "found", "allowed", "fix") if getattr(self, name) is not None]
         return "\n".join([str(self.what), *rest])
+
+    def _render_traceback_(self): # IPython asks for this: notebooks show the message, too
+        if os.environ.get("SEGSYN_DEBUG"): raise NotImplementedError # then IPython shows its own traceback
+        return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/01_files.ipynb #f832a079
 def nearest_name(

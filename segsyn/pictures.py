@@ -93,7 +93,7 @@ def overlay_mask(
         raise SegsynError("Image and mask differ in size.", found=f"image {picture.shape[:2]}, mask {mask.shape}", fix="Resize masks by nearest neighbour only.")
     return (picture[..., :3]*(1 - opacity) + colors*opacity).round().astype(np.uint8)
 
-# %% ../nbs/02_pictures.ipynb #17168d85
+# %% ../nbs/02_pictures.ipynb #b6442153
 def legend(
     names: Sequence[str],  # one a class
     palette,               # uint8 (K,3)
@@ -104,7 +104,9 @@ def legend(
     handles = [Patch(facecolor=np.asarray(c)/255, edgecolor="0.4", label=n) for n, c in zip(names, palette, strict=True)]
     columns = max(1, min(columns, len(handles)))
     figure = Figure(figsize=(1.15*columns, 0.3*math.ceil(len(handles)/columns)), dpi=dpi)
-    figure.legend(handles=handles, ncols=columns, loc="center", frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2)
+    axis = figure.add_axes((0, 0, 1, 1)) # notebooks show no figure without axes
+    axis.axis("off")
+    axis.legend(handles=handles, ncols=columns, loc="center", frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2)
     return figure
 
 # %% ../nbs/02_pictures.ipynb #5463b7b0
