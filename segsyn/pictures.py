@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['show_images', 'color_map', 'overlay_mask', 'legend', 'tile_images', 'save_figure']
 
-# %% ../nbs/02_pictures.ipynb #65e95fe4
-import math
+# %% ../nbs/02_pictures.ipynb #4d7679c1
+import io, math
 from collections.abc import Sequence
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -26,7 +26,15 @@ def _as_picture(image):
     if np.issubdtype(image.dtype, np.floating): return (np.nan_to_num(image).clip(0, 1)*255).round().astype(np.uint8)
     return image
 
-# %% ../nbs/02_pictures.ipynb #199a5ef5
+# %% ../nbs/02_pictures.ipynb #df121d9b
+class _ShownFigure(Figure):
+    "A figure that shows itself at the end of a cell."
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=self.dpi, metadata={"Software": None})
+        return buffer.getvalue()
+
+# %% ../nbs/02_pictures.ipynb #008f5dd7
 def show_images(
     images: Sequence,                    # pictures: (H,W,3) or (H,W); uint8, or floats in 0..1; maps of any range go through `color_map` first
     titles: Sequence[str] | None = None, # one text a picture
@@ -41,7 +49,7 @@ def show_images(
     rows = math.ceil(len(pictures)/columns)
     tall = max(p.shape[0]/p.shape[1] for p in pictures)
     lines = max((str(t).count("\n") + 1 for t in titles), default=0) if titles is not None else 0
-    figure = Figure(figsize=(columns*size, rows*(size*tall + 0.17*lines)), dpi=dpi, layout="constrained")
+    figure = _ShownFigure(figsize=(columns*size, rows*(size*tall + 0.17*lines)), dpi=dpi, layout="constrained")
     for i, axis in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         axis.axis("off")
         if i >= len(pictures): continue
@@ -93,7 +101,7 @@ def overlay_mask(
         raise SegsynError("Image and mask differ in size.", found=f"image {picture.shape[:2]}, mask {mask.shape}", fix="Resize masks by nearest neighbour only.")
     return (picture[..., :3]*(1 - opacity) + colors*opacity).round().astype(np.uint8)
 
-# %% ../nbs/02_pictures.ipynb #b6442153
+# %% ../nbs/02_pictures.ipynb #61eeb28b
 def legend(
     names: Sequence[str],  # one a class
     palette,               # uint8 (K,3)
@@ -103,7 +111,7 @@ def legend(
     "The colour of every class, as a small figure."
     handles = [Patch(facecolor=np.asarray(c)/255, edgecolor="0.4", label=n) for n, c in zip(names, palette, strict=True)]
     columns = max(1, min(columns, len(handles)))
-    figure = Figure(figsize=(1.15*columns, 0.3*math.ceil(len(handles)/columns)), dpi=dpi)
+    figure = _ShownFigure(figsize=(1.15*columns, 0.3*math.ceil(len(handles)/columns)), dpi=dpi)
     axis = figure.add_axes((0, 0, 1, 1)) # notebooks show no figure without axes
     axis.axis("off")
     axis.legend(handles=handles, ncols=columns, loc="center", frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2)
