@@ -6,10 +6,10 @@
 __all__ = ['TrainConfig', 'batch_keys', 'load_batch', 'batches', 'learning_rate_at', 'Average', 'set_threads',
            'keep_freed_memory', 'checkpoint_folders', 'TrainResult', 'fit', 'loss_curve']
 
-# %% ../nbs/10_training.ipynb #3274c62f
+# %% ../nbs/10_training.ipynb #456615da
 import ctypes, errno, json, math, os, shutil, signal, sys, threading, time, warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .base import resolve_precision
 from .files import (SegsynError, atomic_folder, atomic_write, canonical_json, derive_seed, explain_difference, fingerprint,
                           folder_lock, nearest_name, read_json, verify_manifest, write_json, write_manifest)
@@ -175,7 +175,7 @@ def keep_freed_memory() -> bool: # whether the C library took the hint
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
     return all([mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 64 << 20), mallopt(mmap_max, 0)])
 
-# %% ../nbs/10_training.ipynb #98bb987d
+# %% ../nbs/10_training.ipynb #3b9f4840
 @dataclass
 class _Run:
     "A training run in flight."
@@ -197,11 +197,9 @@ class _Run:
 
     def tensors(self):
         "What the checkpoint's model file holds: trained parameters and buffers."
-        state = self.model.state_dict()
-        return {name: state[name] for name in state if name in self.parameters or name not in self.facts_frozen}
-
-    @property
-    def facts_frozen(self): return {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        tied = {name for name, p in self.model.named_parameters(remove_duplicate=False)} - {name for name, p in self.model.named_parameters()}
+        return {name: t for name, t in self.model.state_dict().items() if name not in frozen and name not in tied}
 
 # %% ../nbs/10_training.ipynb #56bc8366
 def _to_file(tensors, path): save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
@@ -319,7 +317,7 @@ def _make_run(model, data, config, folder, facts):
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     return _Run(model, config, Path(folder), accelerator, wrapped, optimizer, parameters, average, facts)
 
-# %% ../nbs/10_training.ipynb #1c964673
+# %% ../nbs/10_training.ipynb #71d04ac2
 def _update(run, loss, parts):
     config, accelerator, step = run.config, run.accelerator, run.step
     values, extra, indices = [], {}, []
@@ -335,7 +333,9 @@ def _update(run, loss, parts):
         indices += [index for index, _ in keys]
     norm = accelerator.clip_grad_norm_(list(run.parameters.values()), config.max_gradient_norm or math.inf)
     table = {"loss": values, "gradient_norm": [norm.float()], **extra}
-    found = dict(zip(table, torch.stack([torch.stack(v).mean() for v in table.values()]).tolist()))  # one wait for the device
+    means = torch.stack([torch.stack(v).mean() for v in table.values()])
+    if accelerator.num_processes > 1: means = accelerator.reduce(means, "mean")
+    found = dict(zip(table, means.tolist()))  # one wait for the device
     _check_finite(run, found, indices)
     rate = learning_rate_at(config, step)
     for group in run.adam.param_groups: group["lr"] = rate
@@ -383,7 +383,7 @@ def _validate(run, validate):
         if run.average: run.average.swap()
         for module, mode in modes.items(): module.training = mode
 
-# %% ../nbs/10_training.ipynb #0ac00a40
+# %% ../nbs/10_training.ipynb #5c385fbb
 @contextmanager
 def _stop_on_signals():
     asked = []
@@ -392,29 +392,34 @@ def _stop_on_signals():
         return
     def ask(number, frame):
         asked.append(number)
-        for n, handler in before.items(): signal.signal(n, handler)
+        for n, handler in before.items(): signal.signal(n, handler or signal.SIG_DFL)
     before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try: yield asked
     finally:
-        for n, handler in before.items(): signal.signal(n, handler)
+        for n, handler in before.items(): signal.signal(n, handler or signal.SIG_DFL)
 
 def _leave(number):
     if number == signal.SIGINT: raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
-# %% ../nbs/10_training.ipynb #94a43cb5
+# %% ../nbs/10_training.ipynb #f68744ba
+def _explain(run, error):
+    config, text = run.config, str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        parts = config.gradient_accumulation
+        return SegsynError("Training ran out of memory.", where=run.folder, found=f"batch_size {config.batch_size} in {parts} part(s), step {run.step + 1}",
+                           fix=f"Set gradient_accumulation to {parts*2} (the same batch in smaller parts), or gradient_checkpointing to true, or precision to bf16, and use a new folder.")
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in text:
+        return SegsynError("The disk is full.", where=run.folder, found=f"{shutil.disk_usage(run.folder).free >> 20} MB free",
+                           fix="Free some space and run again: it goes on from the last checkpoint.")
+
 @contextmanager
 def _explained(run):
-    parts = run.config.gradient_accumulation
     try: yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error): raise
-        raise SegsynError("Training ran out of memory.", where=run.folder, found=f"batch_size {run.config.batch_size} in {parts} part(s), step {run.step + 1}",
-                          fix=f"Set gradient_accumulation to {parts*2} (the same batch in smaller parts), or gradient_checkpointing to true, or precision to bf16; begin in a new folder.") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC: raise
-        raise SegsynError("The disk is full.", where=run.folder, found=f"{shutil.disk_usage(run.folder).free >> 20} MB free",
-                          fix="Free some space and run again: it goes on from the last checkpoint.") from error
+    except SegsynError: raise
+    except Exception as error:
+        if explained := _explain(run, error): raise explained from error
+        raise
 
 # %% ../nbs/10_training.ipynb #97d7c39f
 @dataclass
@@ -471,7 +476,7 @@ def _circumstances(config, device):
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
 
-# %% ../nbs/10_training.ipynb #c6e2d9d2
+# %% ../nbs/10_training.ipynb #2e8a6879
 def fit(
     model: nn.Module,                # trained in place; frozen parameters stay as they are
     data,                            # len(data); data[(index, seed)] -> dict of tensors, or data.__getitems__(keys) -> batch
@@ -487,8 +492,9 @@ def fit(
     for a loss or gradient that is not finite, and where memory or disk end; LockedError where another process trains in the folder."""
     with ExitStack() as stack:
         stack.enter_context(_circumstances(config, config.device or next(model.parameters()).device.type))
+        own_forward = "forward" in vars(model)
         run = _make_run(model, data, config, folder, facts)
-        stack.callback(_restore_forward, run, "forward" in vars(model))
+        stack.callback(_restore_forward, run, own_forward)
         if run.accelerator.is_main_process: stack.enter_context(folder_lock(run.folder))
         stack.enter_context(_explained(run))
         run.folder.mkdir(parents=True, exist_ok=True)
