@@ -87,7 +87,7 @@ def check_sample(
     if sample.seed is not None and not 0 <= sample.seed < 2**63:
         raise SegsynError("A seed is out of range.", where=where, found=sample.seed, allowed="0 <= seed < 2**63")
 
-# %% ../nbs/05_dataset.ipynb #4e62b3e0
+# %% ../nbs/05_dataset.ipynb #ccdf6ea6
 _folders = {"image": "images", "mask": "masks", "instances": "instances"}
 
 def sample_record(
@@ -102,13 +102,20 @@ def write_sample(
     folder: str | Path, # a dataset in the making
     sample: Sample,     # checked here
     space: LabelSpace,  # its classes
+    sync: bool = True,  # wait until the disk has it? Not needed where the whole folder is committed later
 ) -> dict:              # its record; keep it for `finish_dataset`
     "Write the pictures of one sample, each whole or not at all. Raises SegsynError for a sample that could not be read back."
     check_sample(sample, space)
     record = sample_record(sample)
     for name in _folders:
-        if getattr(sample, name) is not None: atomic_write(Path(folder)/record[f"{name}_file_name"], png_bytes(getattr(sample, name)))
+        if getattr(sample, name) is not None: (atomic_write if sync else _write)(Path(folder)/record[f"{name}_file_name"], png_bytes(getattr(sample, name)))
     return record
+
+def _write(path, data):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error: raise SegsynError("A file could not be written.", where=path, found=error.strerror, fix="Free some space or choose a folder that can be written to.") from error
 
 # %% ../nbs/05_dataset.ipynb #109e1295
 def _value_kinds(value, path, kinds):
@@ -172,7 +179,7 @@ def _unique_keys(records, where):
 
 def _record_key(record): return re.sub(r"\.[^./]*$", "", record["image_file_name"].removeprefix("images/"))
 
-# %% ../nbs/05_dataset.ipynb #0274249d
+# %% ../nbs/05_dataset.ipynb #66000c44
 def finish_dataset(
     folder: str | Path,  # where `write_sample` wrote
     records: list[dict], # what it returned, in the order the set is to have
@@ -204,7 +211,7 @@ def write_dataset(
 ) -> None:
     "Write a whole dataset. It appears under its name when complete; a failure leaves what was there before."
     with atomic_folder(folder) as unfinished:
-        records = [write_sample(unfinished, s, space) for s in tqdm(samples, desc=Path(folder).name, unit="sample", disable=not progress)]
+        records = [write_sample(unfinished, s, space, sync=False) for s in tqdm(samples, desc=Path(folder).name, unit="sample", disable=not progress)]
         finish_dataset(unfinished, records, space, title, facts)
 
 # %% ../nbs/05_dataset.ipynb #1befe8af
@@ -217,17 +224,17 @@ class PictureError(SegsynError):
 MAX_PIXELS = 89_478_485 # a picture larger than this is taken for an attack; Pillow begins to warn here
 _broken = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
 
-# %% ../nbs/05_dataset.ipynb #01f706f7
+# %% ../nbs/05_dataset.ipynb #8b02b0bf
 def _decode(path, max_pixels):
     "The upright picture, its EXIF orientation and how it was stored."
     damaged = lambda error: PictureError("corrupt", "A picture cannot be read: it is cut off, damaged, or no picture.", path, f"{type(error).__name__}: {error}", fix="Restore the file, or remove its record.")
-    bomb = lambda size: PictureError("too-large", "A picture is larger than the limit, and was not decoded.", path, size, f"{max_pixels:,} pixels", "Scale it down, or raise max_pixels if you trust the file.")
+    bomb = lambda size: PictureError("too-large", "A picture is larger than the limit, and was not decoded.", path, f"{size}; the limit is {max_pixels:,} pixels", fix="Scale it down, or raise max_pixels if you trust the file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning) # our own limit follows
             picture = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF"))
     except FileNotFoundError: raise PictureError("missing", "A picture is missing.", path, fix="Restore the file, or remove its record.") from None
-    except Image.DecompressionBombError as error: raise bomb(str(error)) from None
+    except Image.DecompressionBombError as error: raise bomb(str(error).partition(",")[0]) from None
     except (*_broken, UnidentifiedImageError) as error: raise damaged(error) from None
     with picture:
         if picture.width * picture.height > max_pixels: raise bomb(f"{picture.width} x {picture.height}")
