@@ -7,9 +7,9 @@ __all__ = ['PAPER_MASKS', 'PAPER_TAU', 'PAPER_SOURCE', 'VARIANTS', 'CLAIMS', 'Sc
            'load_metrics', 'segment_numbers', 'format_score', 'describe_runs', 'segment_table', 'to_markdown',
            'class_numbers', 'class_table', 'recipe_figure', 'mask_table', 'tau_figure', 'Claim', 'find_result',
            'judge_difference', 'judge_claim', 'claim_table', 'choose_extremes', 'gallery_figure', 'write_tables',
-           'write_figures']
+           'write_figures', 'results_summary', 'notebook_list', 'render_readme', 'main']
 
-# %% ../nbs/20_report.ipynb #241d0740
+# %% ../nbs/20_report.ipynb #e7f6b9d6
 import math
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+import nbformat
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from .files import SegsynError, atomic_write, nearest_name, read_json
+from .files import SegsynError, atomic_write, cli, find_root, nearest_name, read_json
 from .labels import LabelSpace
 from .pictures import overlay_mask, save_figure, show_images
 
@@ -49,7 +51,7 @@ class Recipe(BaseModel):
     steps: int                             # optimizer steps
     runs: list[Run] = Field(min_length=1)  # one or several seeds
 
-# %% ../nbs/20_report.ipynb #9a7c9f6f
+# %% ../nbs/20_report.ipynb #edbfb902
 class MaskStudy(BaseModel):
     "Quality of masks, measured without training a segmenter on them."
     model_config = ConfigDict(extra="allow")
@@ -57,18 +59,18 @@ class MaskStudy(BaseModel):
     oracle_on_generated: dict[str, Score] = {} # variant -> score against an oracle's masks of generated images
     tau: dict[str, Score] = {}                 # exponent of the self-attention -> score
 
-def _read(model, path, adapt=lambda content: content):
-    try: return model.model_validate(adapt(read_json(path)))
+def _read(model, path, adapt=lambda content, path: content):
+    try: return model.model_validate(adapt(read_json(path), path))
     except ValidationError as error:
         first = error.errors()[0]
         raise SegsynError("A metrics file has a value that cannot be used.", where=f"{path}: {'.'.join(map(str, first['loc']))}", found=str(first.get("input"))[:80], allowed=first["msg"],
                           fix="Scores are fractions from 0 to 1. Repair the stage that wrote the file and run it again.") from None
 
-def _with_runs(content):
+def _with_runs(content, path):
     "A file of a single run has its splits at the top."
     if not isinstance(content, dict) or "runs" in content: return content
     seeds = content.get("seeds") or [content.get("seed")]
-    if len(seeds) > 1: raise SegsynError("Scores of several seeds have to be kept apart.", where="seeds", found=seeds, allowed='one "seed" and "splits", or a list of "runs"')
+    if len(seeds) > 1: raise SegsynError("Scores of several seeds have to be kept apart.", where=f"{path}: seeds", found=seeds, allowed='one "seed" and "splits", or a list of "runs"')
     return {**content, "runs": [{"seed": seeds[0], "splits": content["splits"]}]} if "splits" in content else content
 
 # %% ../nbs/20_report.ipynb #b37d39ab
@@ -355,3 +357,51 @@ def write_figures(
     figures = ({"recipes": recipe_figure(metrics)} if metrics.recipes else {}) | ({"tau": tau_figure(metrics)} if metrics.masks.tau else {})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
     return [folder/f"{name}.png" for name in figures]
+
+# %% ../nbs/20_report.ipynb #7bdd4370
+def results_summary(
+    folder: str | Path, # results/report, written by write_tables
+) -> str:               # markdown
+    "The table of recipes and the table of claims, as the report stage left them. Raises SegsynError where they are missing."
+    tables = [Path(folder)/f"{name}.md" for name in ("segment", "claims")]
+    for table in tables:
+        if not table.is_file(): raise SegsynError("A table of the report is missing.", where=table, fix="Run the pipeline: dvc repro.")
+    return "\n\n".join(table.read_text().strip() for table in tables)
+
+def notebook_list(
+    folder: str | Path, # nbs
+) -> str:               # markdown, one line a notebook
+    "Titles and subtitles of the library notebooks, in reading order."
+    lines = []
+    for path in sorted(Path(folder).glob("[0-9]*.ipynb")):
+        text = next("".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "markdown").splitlines()
+        title, subtitle = text[0].lstrip("# "), next((line.lstrip("> ") for line in text[1:] if line.startswith(">")), "")
+        lines.append(f"- [{path.stem}](nbs/{path.name}): **{title}.** {subtitle.rstrip('.')}.")
+    return "\n".join(lines)
+
+# %% ../nbs/20_report.ipynb #684d9a72
+def render_readme(
+    notebook: str | Path, # nbs/index.ipynb
+) -> str:                 # markdown
+    "Execute a notebook and write it as markdown: its text, and what its code shows. Paths become those seen from the root."
+    nb = nbformat.read(notebook, as_version=4)
+    NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(Path(notebook).parent)}}, timeout=300).execute()
+    parts = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": parts.append(cell.source)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}): parts.append(output["data"]["text/markdown"])
+    return "\n\n".join(parts).replace("](../", "](") + "\n"
+
+def main(
+    arguments: list[str], # "readme", or "readme --check"
+) -> int:                 # exit status
+    "`python -m segsyn.report readme` writes README.md from nbs/index.ipynb; with --check it only compares. Raises SegsynError where they differ."
+    if arguments not in (["readme"], ["readme", "--check"]): raise SegsynError("Unknown command.", found=" ".join(arguments) or "nothing", allowed="readme, readme --check")
+    readme, text = find_root()/"README.md", render_readme(find_root()/"nbs"/"index.ipynb")
+    if arguments == ["readme"]: atomic_write(readme, text)
+    elif not readme.is_file() or readme.read_text() != text: raise SegsynError("README.md is not what nbs/index.ipynb says.", where=readme, fix="make readme")
+    return 0
+
+# %% ../nbs/20_report.ipynb #191d8687
+if __name__ == "__main__" and "__file__" in globals(): cli(main) # a notebook is called __main__ too, but is no file
