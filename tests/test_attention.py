@@ -1,10 +1,13 @@
 "Attention is read beside the denoiser: the picture keeps its bytes, the maps are exact, and a sample's neighbours have no part in it."
+import weakref
 from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from segsyn.attention import (AttentionMaps, DatasetDiffusion, add_head_mean, attention_layers, attention_maps, attention_resolutions, attention_settings,
                               capture_attention, chosen_steps, default_resolutions, level_grids, mask_from_maps, maps_to_mask, presence_score,
                               read_attention, refine_maps, scale_maps)
@@ -169,6 +172,33 @@ def test_running_sum_holds_one_head_at_a_time(monkeypatch):
     assert torch.allclose(one, add_head_mean(torch.zeros(2, 64, 64), query, key, heads=8, group=3), atol=1e-6)
     slow = (query.unflatten(-1, (8, 4)).transpose(1, 2) @ key.unflatten(-1, (8, 4)).transpose(1, 2).mT / 2).softmax(-1).mean(1)
     assert torch.allclose(one, slow, atol=1e-6)
+
+
+class Peak(TorchDispatchMode):
+    "The most bytes that tensors made inside the block have held at once."
+    def __init__(self): super().__init__(); self.live, self.now, self.most = set(), 0, 0
+    def free(self, key, size): self.live.discard(key); self.now -= size
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata in self.live: continue
+            self.live.add(storage._cdata); self.now += storage.nbytes(); self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+
+def test_memory_is_the_running_sums_and_one_heads_map():
+    torch.set_num_threads(1)
+    base = make_tiny_base("sd21")
+    hidden, noise, text = encode_prompts(base, ["bird"] * 2).hidden, sample_noise(base, [1, 2]), encode_prompts(base, ["a bird"] * 4)
+    def run():
+        for time in (900, 100): predict_noise(base, torch.cat([noise, noise]), torch.tensor(time), text)
+    with torch.no_grad(), Peak() as plain: run()
+    with Peak() as read, capture_attention(base.unet, hidden, 16, (16, 8)) as capture: run()
+    kept, head = sum(total.nbytes for total in capture.sums.values()), 2 * 256 * 256 * 4
+    small = 64 * 1024 + sum(keys.nbytes for keys in capture.keys.values()) # one head's queries and keys, class keys
+    assert head < plain.most and read.most <= plain.most + kept + head + small
+    assert kept / 2 < 10e6
 
 
 @pytest.mark.parametrize("positions", [(8, 8), (16, 16), (32, 24)])
