@@ -179,7 +179,7 @@ def _unique_keys(records, where):
 
 def _record_key(record): return re.sub(r"\.[^./]*$", "", record["image_file_name"].removeprefix("images/"))
 
-# %% ../nbs/05_dataset.ipynb #66000c44
+# %% ../nbs/05_dataset.ipynb #ccb3a85a
 def finish_dataset(
     folder: str | Path,  # where `write_sample` wrote
     records: list[dict], # what it returned, in the order the set is to have
@@ -201,6 +201,7 @@ def finish_dataset(
     packages = {name: importlib.metadata.version(name) for name in ("numpy", "pillow")}
     write_manifest(folder, title=title, samples=len(records), content=_content(folder_hashes(folder)), fingerprint=fingerprint(facts), facts=facts, packages=packages)
 
+# %% ../nbs/05_dataset.ipynb #d460baa9
 def write_dataset(
     folder: str | Path,        # the dataset; one that is there is replaced
     samples: Iterable[Sample], # may be a generator: one sample is in memory at a time

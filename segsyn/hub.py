@@ -57,7 +57,7 @@ def pipeline_parts(
         if library not in ("diffusers", "transformers") or not isinstance(class_name, str) or not re.fullmatch(r"\w+", name): raise wrong(f"{name}: {library}.{class_name}")
     return parts
 
-# %% ../nbs/08_hub.ipynb #bbec0d3f
+# %% ../nbs/08_hub.ipynb #03f3cb65
 def _inside(folder, name, where):
     path = Path(folder, name)
     if not isinstance(name, str) or re.search(r"(^|/)\.{0,2}(/|$)|[\\:\0]", name): raise SegsynError("A file name in a model leads out of it, or could.", where=where, found=repr(name), allowed="a relative path")
@@ -75,6 +75,7 @@ def _weights_problem(folder, name, where):
                                   fix="Look for a revision with safetensors, or convert the file once on a computer that holds nothing of value.")
     return name
 
+# %% ../nbs/08_hub.ipynb #23da5966
 def _first_missing(folder, required, where):
     "The first file that is missing from a model folder, or None."
     for name in required:
@@ -142,7 +143,7 @@ def _download(repo, revision, required, cache_dir):
     if revision != resolved_revision(folder): warnings.warn(f"{where} may change; what was loaded is {repo}@{resolved_revision(folder)}", stacklevel=4)
     return folder
 
-# %% ../nbs/08_hub.ipynb #2ea2abb1
+# %% ../nbs/08_hub.ipynb #65fed458
 def resolved_revision(
     folder: str | Path, # what `resolve_model` returned
 ) -> str | None:        # 40 digits, None for a folder that is not from the Hub
@@ -169,6 +170,7 @@ def resolve_model(
     if offline: raise _hub_error(OfflineModeIsEnabled(), repo, revision, missing)
     return _fetch(repo, revision, required, cache_dir)
 
+# %% ../nbs/08_hub.ipynb #8b18163b
 def _fetch(repo, revision, required, cache_dir):
     try: folder = _download(repo, revision, required, cache_dir)
     except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
