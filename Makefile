@@ -1,0 +1,38 @@
+# One command each. Everything runs inside .venv, which the first target makes.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# DVC starts its stages with `python`, so the environment must come first on the path
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help venv data repro test smoke readme export
+
+help:    ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+venv: .venv/installed    ## the environment with pinned versions (about 2 minutes)
+
+.venv/installed: pyproject.toml requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements.txt -e ".[test]"
+	touch $@
+
+data: venv    ## the embedded data, from the store in this repository
+	dvc pull --quiet
+
+repro: data    ## the whole pipeline, from labelled scenes to the report
+	dvc repro
+
+test: data    ## every test: the notebooks, then the contracts in tests/
+	nbdev_test --n_workers 2
+	python -m pytest
+
+smoke: data    ## the whole pipeline at a toy size, in a throw-away copy
+	python -m segsyn.run --profile smoke
+
+readme: venv    ## README.md from nbs/index.ipynb
+	python -m segsyn.report readme
+
+export: venv    ## segsyn/*.py from the notebooks, and notebooks without noise
+	nbdev_export
+	nbdev_clean
