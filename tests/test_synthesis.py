@@ -1,5 +1,5 @@
 "The engine's promises, tried with real processes: kill -9 at every step, signals, workers, extension, full disk, locks."
-import errno, json, multiprocessing, os, shutil, signal, subprocess, sys, time
+import errno, functools, json, multiprocessing, os, shutil, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -261,3 +261,14 @@ def test_load_method_names_the_nearest():
         assert words in str(error.value)
     assert load_method("shapes_method:Shapes", size=20).fingerprint() == {"size": 20}
     assert all(target.count(":") == 1 for target in METHODS.values())
+
+def test_dataset_diffusion_keeps_the_promises(tmp_path):
+    "The real method on a small random base: one worker, two workers and an extended run write the same bytes."
+    from segsyn.base import make_tiny_base, save_base
+    save_base(make_tiny_base("sd", seed=0), tmp_path/"base")
+    recipe = functools.partial(load_method, "attention", base=str(tmp_path/"base"), space=SPACE, steps=3, chunk_size=2)
+    requests, trees = plan_requests(CAPTIONS, 5, 0, "balanced", SPACE), []
+    for name, workers, counts in (("one", 1, [5]), ("two", 2, [5]), ("extended", 1, [3, 5])):
+        for count in counts: folder = synthesise(recipe, requests[:count], tmp_path/name/"set", SPACE, "Tiny", workers=workers, threads=1, progress=False, root=tmp_path/name)
+        trees.append(tree(folder))
+    assert trees[0] == trees[1] == trees[2]
