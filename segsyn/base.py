@@ -9,19 +9,18 @@ __all__ = ['SAMPLERS', 'full_size_config', 'build_parts', 'resolve_precision', '
            'sample_noise', 'sample_latents', 'signal_share', 'add_noise', 'training_target', 'min_snr_weights',
            'diffusion_loss', 'DenoiserWithText', 'DiffusionLoss', 'use_explicit_attention']
 
-# %% ../nbs/09_base.ipynb #6637b97e
-import copy, functools, hashlib, json
-from collections import OrderedDict
+# %% ../nbs/09_base.ipynb #1e84a0d1
+import contextlib, copy, functools, hashlib, json
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tokenizers import Tokenizer, models as token_models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
-                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from .files import SegsynError, atomic_folder, canonical_json, file_sha256, fingerprint, nearest_name, read_json, write_json
 from .hub import resolve_model, wanted_files
@@ -84,7 +83,25 @@ def resolve_precision(
         raise SegsynError("Half precision (fp16) needs a GPU.", where="precision", found=f"fp16 on {device}", allowed="auto, fp32, bf16", fix="Use 'auto'.")
     return _PRECISIONS[precision]
 
-# %% ../nbs/09_base.ipynb #aa0ccd9d
+# %% ../nbs/09_base.ipynb #707b6168
+def _learn_merges(
+    words: Counter, # spelled in byte characters -> how often
+    limit: int,     # number of merges
+) -> list[tuple[str, str]]:
+    "Byte-pair encoding (Sennrich et al. 2016, section 3.2); among equally frequent pairs the last in alphabetical order is joined."
+    spelled, merges = {w: [*w[:-1], w[-1] + "</w>"] for w in sorted(words)}, []
+    while len(merges) < limit:
+        pairs = Counter()
+        for word, pieces in spelled.items():
+            for pair in zip(pieces, pieces[1:]): pairs[pair] += words[word]
+        if not pairs: break
+        merges.append(max(pairs, key=lambda p: (pairs[p], p)))
+        for pieces in spelled.values():
+            for i in range(len(pieces) - 2, -1, -1): # from the end, as pieces get fewer
+                if tuple(pieces[i:i + 2]) == merges[-1]: pieces[i:i + 2] = ["".join(merges[-1])]
+    return merges
+
+# %% ../nbs/09_base.ipynb #772e2810
 def train_tokenizer(
     texts: Iterable[str],          # captions; a word is merged the earlier the more often it occurs
     vocabulary_size: int = 1024,   # upper limit; 514 entries are bytes and the two marks
@@ -94,21 +111,19 @@ def train_tokenizer(
     "Train a CLIP tokenizer. With room in the vocabulary every word of `texts` becomes one token. Raises SegsynError below 514 entries."
     if vocabulary_size < 514: raise SegsynError("The vocabulary is too small.", where="vocabulary_size", found=vocabulary_size, allowed="514 or more")
     clip, alphabet = CLIPTokenizer().backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(token_models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=10**6, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, initial_alphabet=alphabet))
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]][:vocabulary_size - 514]
+    words = Counter(w for t in texts for w, _ in clip.pre_tokenizer.pre_tokenize_str(clip.normalizer.normalize_str(t)))
+    merges = _learn_merges(words, vocabulary_size - 514)
     pieces = [*alphabet, *(a + "</w>" for a in alphabet), *dict.fromkeys(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=max_length, pad_token=pad_token)
 
-# %% ../nbs/09_base.ipynb #f5cb1613
+# %% ../nbs/09_base.ipynb #b1c9301c
 def _weights_version(*modules):
     "A number that every change in place of a weight raises, such as an optimiser's step."
     return sum(p._version for m in modules if m is not None for p in m.parameters())
 
-@dataclass
+@dataclass(repr=False)
 class Base:
-    "A latent diffusion base taken apart. Everything about sizes is read from the parts' configs."
+    "A latent diffusion base taken apart. Sizes are read from the parts' configs."
     vae: AutoencoderKL           # image <-> latent, fp32
     unet: UNet2DConditionModel   # the denoiser
     text_encoders: list          # one (SD) or two (SDXL), fp32
@@ -117,10 +132,11 @@ class Base:
     reference: str = "in memory" # where it came from
     dtype: torch.dtype = torch.float32 # what the denoiser computes in
     zero_empty: bool = False     # SDXL: "no prompt" is a vector of zeros, not the encoding of an empty text
-    _cache: OrderedDict = field(default_factory=OrderedDict, repr=False)     # encoded prompts
-    _source: tuple | None = field(default=None, repr=False)                  # the folder, and the weights' version when they were read from it
-    _known: tuple = field(default=(-1, ""), repr=False)                      # the weights' version, and their fingerprint
+    _cache: OrderedDict = field(default_factory=OrderedDict) # encoded prompts
+    _source: tuple | None = None    # the folder, and the weights' version when they were read from it
+    _known: tuple = (-1, "") # the weights' version, and their fingerprint
 
+    def __repr__(self): return f"Base({self.kind!r}, {self.reference!r}, {self.image_size} pixels, {str(self.dtype).removeprefix('torch.')})"
     @property
     def kind(self) -> str: return "sdxl" if len(self.text_encoders) == 2 else "sd"
     @property
@@ -136,6 +152,7 @@ class Base:
     def latent_shape(self, size=None) -> tuple[int, int, int]: return latent_shape(self, size)
     def autocast(self, enabled=True):
         "Half precision for the denoiser where its weights are fp32 (CPU); no effect where the weights are half already (GPU)."
+        if self.device.type == "meta": return contextlib.nullcontext()
         wanted = enabled and self.dtype != torch.float32 and self.unet is not None and self.unet.dtype == torch.float32
         return torch.autocast(self.device.type, self.dtype if wanted else None, enabled=wanted)
 
@@ -194,23 +211,22 @@ def make_tiny_base(
     for part in (parts[0], parts[1], *parts[2]): part.eval()
     return Base(*parts, tokenizers, _SCHEDULE | (scheduler or {}), f"tiny random {kind}", zero_empty=name == "sdxl")
 
-# %% ../nbs/09_base.ipynb #078d8c04
+# %% ../nbs/09_base.ipynb #e92dcf47
 def _pipeline(base, **changes):
     "The diffusers pipeline of a base's parts."
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline # here, as this import takes seconds and few need it
     parts = dict(vae=base.vae, unet=base.unet, text_encoder=base.text_encoders[0], tokenizer=base.tokenizers[0], scheduler=DDIMScheduler.from_config(base.scheduler_config))
     if base.kind == "sdxl":
         return StableDiffusionXLPipeline(**parts | dict(text_encoder_2=base.text_encoders[1], tokenizer_2=base.tokenizers[1], add_watermarker=False,
                                                         force_zeros_for_empty_prompt=base.zero_empty) | changes)
     return StableDiffusionPipeline(**parts | dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) | changes)
 
-def _forget_paths(folder):
-    "Configs remember where they were loaded from: a path of this computer, different on every other one."
-    for file in sorted(Path(folder).rglob("*.json")):
-        content = read_json(file)
-        kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")} if isinstance(content, dict) else content
-        if kept != content: write_json(file, kept)
+def _forget_loading(folder):
+    "Configs remember how they were loaded, with a path of this computer. Written anew they are the same wherever a base came from."
+    for file in sorted([*Path(folder).rglob("*config.json"), Path(folder)/"model_index.json"]):
+        write_json(file, {k: v for k, v in read_json(file).items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")})
 
-# %% ../nbs/09_base.ipynb #ef9072d2
+# %% ../nbs/09_base.ipynb #1b2f621e
 def save_base(
     base: Base,          # the base
     folder: str | Path,  # where to; an existing folder is replaced
@@ -225,7 +241,7 @@ def save_base(
                                   fix="Save with half=False, or go back to an earlier checkpoint.")
     with atomic_folder(folder) as partial:
         _pipeline(base, **parts).save_pretrained(partial, safe_serialization=True)
-        _forget_paths(partial)
+        _forget_loading(partial)
     return Path(folder)
 
 # %% ../nbs/09_base.ipynb #15d13d98
@@ -445,7 +461,7 @@ def empty_conditioning(
     if base.zero_empty: empty.hidden, empty.pooled = torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled)
     return empty
 
-# %% ../nbs/09_base.ipynb #274da9cc
+# %% ../nbs/09_base.ipynb #e54b0614
 SAMPLERS = {"ddpm": (DDPMScheduler, {}), "ddim": (DDIMScheduler, {}),
             "dpm++": (DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2)),
             "euler-edm": (EulerDiscreteScheduler, dict(use_karras_sigmas=True))}
@@ -466,10 +482,10 @@ def make_sampler(
     limit = config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= limit:
         raise SegsynError("The number of steps is out of range.", where="steps", found=steps, allowed=f"whole numbers from 1 to {limit}")
-    offset, stride = config.get("steps_offset", 0), limit//steps
-    if (steps - 1)*stride + offset >= limit: config["steps_offset"] = 0 # all 1,000 steps: there is no room for an offset
-    scheduler = cls.from_config(config, **extra)
-    scheduler.set_timesteps(int(steps), device=device)
+    for extra in (extra, extra | {"steps_offset": 0}): # with nearly all steps there is no room for an offset
+        scheduler = cls.from_config(config, **extra)
+        scheduler.set_timesteps(int(steps), device=device)
+        if scheduler.timesteps.max() < limit: break
     return scheduler
 
 # %% ../nbs/09_base.ipynb #71085704
