@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from .files import SegsynError, derive_seed
 
-# %% ../nbs/04_metrics.ipynb #b780b87a
+# %% ../nbs/04_metrics.ipynb #a29fd401
 def _as_mask(mask, where):
     "The mask as uint8 or uint16. Ids that fit in neither are refused."
     mask = np.asarray(mask)
@@ -24,9 +24,9 @@ def _as_mask(mask, where):
 
 def _count(key, size):
     "np.bincount for maps: int64 (size,). Where neighbours mostly agree, each run of equal keys is counted once, by its length (exact: lengths stay below 2**53)."
-    ends = np.flatnonzero(key[1:] != key[:-1])
-    if 5 * len(ends) >= len(key): return np.bincount(key, minlength=size)
-    starts = np.concatenate([[0], ends + 1])
+    differs = key[1:] != key[:-1]
+    if 5 * np.count_nonzero(differs) >= len(key): return np.bincount(key, minlength=size)
+    starts = np.concatenate([[0], np.flatnonzero(differs) + 1])
     lengths = np.diff(starts, append=len(key))
     return np.bincount(key[starts], weights=lengths, minlength=size).astype(np.int64)
 
