@@ -6,7 +6,7 @@
 __all__ = ['LayerChoice', 'attention_layers', 'level_grids', 'attention_resolutions', 'default_resolutions', 'add_head_mean',
            'AttentionSettings', 'attention_settings', 'chosen_steps', 'AttentionCapture', 'capture_attention',
            'AttentionMaps', 'resize_maps', 'attention_maps', 'refine_maps', 'presence_score', 'scale_maps',
-           'maps_to_mask', 'mask_from_maps', 'read_attention', 'DatasetDiffusion']
+           'maps_to_mask', 'mask_from_maps', 'read_attention', 'DatasetDiffusion', 'draw_and_read']
 
 # %% ../nbs/13_attention.ipynb #bb85311d
 from collections import Counter
@@ -268,14 +268,18 @@ def attention_maps(capture: AttentionCapture, # after the denoiser has run
         made.append(AttentionMaps(tuple(names), cross.clamp_(min=0), self_map))
     return made
 
-# %% ../nbs/13_attention.ipynb #c236916c
+# %% ../nbs/13_attention.ipynb #847a4f39
 def refine_maps(self_map: Tensor, # (N, N), rows sum to 1
                 cross: Tensor, # (M, h, w) with h*w = N
                 tau: int = 4, # how often the self-attention is applied
-               ) -> Tensor: # (M, h, w)
+               ) -> Tensor: # (M, h, w) float64
     "Self-attention exponentiation, eq. 3, by tau thin products."
-    columns = cross.flatten(1).T
-    for _ in range(tau): columns = self_map @ columns
+    # every product takes contrast away; in fp32, with rows that sum to 1 only nearly, a weak one is soon below the rounding
+    columns, weights = cross.flatten(1).T.double(), self_map.double()
+    weights = weights / weights.sum(1, keepdim=True)
+    low, high = columns.aminmax(dim=0)
+    columns = torch.where(high - low > 1e-5 * high, columns, columns.mean(0))  # constant but for rounding: constant
+    for _ in range(tau): columns = weights @ columns
     return columns.T.reshape(cross.shape)
 
 # %% ../nbs/13_attention.ipynb #b337643b
@@ -286,17 +290,18 @@ def presence_score(refined: Tensor, # (M, h, w) maps before scaling
     mean = flat.mean(1)
     return torch.where(mean > 0, flat.amax(1) / mean.clamp(min=torch.finfo(flat.dtype).tiny) - 1, torch.zeros_like(mean)).clamp(min=0)
 
-# %% ../nbs/13_attention.ipynb #df148528
+# %% ../nbs/13_attention.ipynb #dcf07e91
 def scale_maps(refined: Tensor, # (M, h, w)
-               least: float = 1e-5, # contrast, relative to the highest value, below which a map counts as constant
+               least: float|None = None, # contrast, relative to the highest value, below which a map counts as constant; None: 1e-5, for float64 maps 1e-10
               ) -> Tensor: # (M, h, w) in [0, 1]; zeros for a constant, empty or non-finite map
     "Min-max scaling of each class on its own."
+    least = (1e-10 if refined.dtype == torch.float64 else 1e-5) if least is None else least
     finite = refined.isfinite().flatten(1).all(1)[:, None, None]
     refined = torch.where(finite, refined, torch.zeros_like(refined))
     low, high = refined.amin((1, 2), keepdim=True), refined.amax((1, 2), keepdim=True)
     contrast = high - low
     usable = contrast > least * high.abs().clamp(min=1e-12)
-    return torch.where(usable, (refined - low) / torch.where(usable, contrast, torch.ones_like(contrast)), torch.zeros_like(refined))
+    return torch.where(usable, (refined - low) / torch.where(usable, contrast, torch.ones_like(contrast)), torch.zeros_like(refined)).float()
 
 # %% ../nbs/13_attention.ipynb #a6cb9b79
 def maps_to_mask(scaled: Tensor, # (M, h, w) in [0, 1]
@@ -413,9 +418,14 @@ class DatasetDiffusion:
             samples += self._chunk(_filled(part, self.chunk_size))[:len(part)]
         return samples
 
-# %% ../nbs/13_attention.ipynb #9cb68526
-def _draw_and_read(base: Base, prompts: Sequence[Prompt], seeds: Sequence[int], settings: AttentionSettings, size: int) -> tuple[np.ndarray, list[AttentionMaps]]:
-    "Pictures (B, H, W, 3) and their maps."
+# %% ../nbs/13_attention.ipynb #265a62dd
+def draw_and_read(base: Base, # a latent diffusion base
+                  prompts: Sequence[Prompt], # one a picture; all are drawn at once
+                  seeds: Sequence[int], # one a picture
+                  settings: AttentionSettings, # how to draw and what to read
+                  size: int, # pixels a side
+                 ) -> tuple[np.ndarray, list[AttentionMaps]]: # uint8 (B, H, W, 3), and the maps of each
+    "Draw pictures and read the attention on the way (section 3.3)."
     text = encode_prompts(base, [p.text for p in prompts], size)
     # without a negative prompt the base says what "no prompt" is: zeros for SDXL
     negative = encode_prompts(base, [settings.negative_prompt] * len(prompts), size) if settings.negative_prompt else None
@@ -439,5 +449,5 @@ def _label(request: Any, prompt: Prompt, image: np.ndarray, maps: AttentionMaps,
 def _chunk(self: DatasetDiffusion, requests: Sequence[Any]) -> list[Sample]:
     names = [name for i, name in enumerate(self.space.names) if i != self.space.background]
     prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.base.tokenizers, names) for r in requests]
-    images, maps = _draw_and_read(self.base, prompts, [r.seed for r in requests], self.settings, self.size)
+    images, maps = draw_and_read(self.base, prompts, [r.seed for r in requests], self.settings, self.size)
     return [_label(*each, self.settings, self.space) for each in zip(requests, prompts, images, maps)]

@@ -211,6 +211,20 @@ def test_thin_products_equal_the_matrix_power(positions, tau):
     assert (refine_maps(self_map, cross, tau).flatten(1).T - power).abs().max() < 1e-5
 
 
+def test_weak_maps_survive_many_products():
+    "A nearly uniform self-attention leaves little contrast, which must not drown in rounding."
+    draw = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(16.), torch.arange(16.), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1)
+    self_map = (-0.02 * torch.cdist(places, places)).softmax(-1)
+    cross = 0.01 + 0.001 * torch.rand(1, 16, 16, generator=draw); cross[0, 2:6, 2:6] += 0.01
+    exact = self_map.double(); exact = torch.linalg.matrix_power(exact / exact.sum(1, keepdim=True), 5) @ cross.double().flatten()
+    refined = refine_maps(self_map, cross, 5)
+    assert torch.allclose(refined.flatten(), exact, rtol=1e-12) and scale_maps(refined).max() == 1
+    constant = refine_maps(self_map, torch.full((1, 16, 16), 0.01) + 1e-9 * torch.rand(1, 16, 16, generator=draw), 5)
+    assert not scale_maps(constant).any()
+
+
 def test_odd_maps_have_a_defined_result():
     flat, empty = torch.full((8, 8), 0.3), torch.zeros(8, 8)
     broken, shaped = torch.full((8, 8), float("nan")), torch.linspace(0, 1, 64).reshape(8, 8)
