@@ -239,18 +239,19 @@ def _load(run, place):
     if run.accelerator.scaler: run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step, run.window, run.history = state["step"], state["window"], state["history"]
 
-# %% ../nbs/10_training.ipynb #bc234104
+# %% ../nbs/10_training.ipynb #b1e20027
 _free_settings = ("workers", "keep_checkpoints", "log_every", "validate_every", "checkpoint_every")
 
 def _check_same(run, place):
-    old, new = read_json(place/"state.json")["facts"], json.loads(canonical_json(run.facts))
-    before, after = old["config"]["steps"], new["config"]["steps"]
-    if before < after and run.config.schedule == "constant": old["config"]["steps"] = after
+    state, new = read_json(place/"state.json"), json.loads(canonical_json(run.facts))
+    old, after = state["facts"], new["config"]["steps"]
+    # with a constant schedule a shorter run is the beginning of a longer one
+    if state["step"] <= after and run.config.schedule == "constant": old["config"]["steps"] = after
     for facts in (old, new): [facts["config"].pop(name, None) for name in _free_settings]
     if old.pop("threads") != new.pop("threads"): warnings.warn(f"{place}: the run goes on with another number of threads, so the last bits may differ from an uninterrupted run.")
     if changed := explain_difference(old, new):
         fix = "Use a new folder, or the old settings."
-        if len(changed) == 1 and changed[0].startswith("config.steps"): fix = "Only growing steps with schedule 'constant' go on in the same folder. " + fix
+        if len(changed) == 1 and changed[0].startswith("config.steps"): fix = "Other steps go on in the same folder only with schedule 'constant', and not below what is done. " + fix
         raise SegsynError("The folder holds a run with other settings.", where=run.folder, found="; ".join(changed), fix=fix)
 
 def _resume(run):
