@@ -65,20 +65,25 @@ class _Segmenter(PreTrainedModel):
         loss = None if labels is None else sum(w * segmentation_loss(x, labels, ignore_id) for w, x in zip(self.loss_weights, every))
         return SemanticSegmenterOutput(loss=loss, logits=every[0])
 
-# %% ../nbs/11_segmenter.ipynb #73ce06e7
+# %% ../nbs/11_segmenter.ipynb #492e18ba
 def _resize(x, size):
     "Bilinear to (height, width); nothing where the size is right already."
     return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 @torch.no_grad()
 def _init_convolutions(self, module):
-    "He's initialisation for convolutions; norms start as the identity. `init` leaves alone what was loaded from a file."
+    "He's initialisation for convolutions, next to nothing for class scores; norms start as the identity. `init` leaves alone what was loaded from a file."
     if isinstance(module, nn.Conv2d):
-        init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, _Scores): init.normal_(module.weight, std=0.01)
+        else: init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None: init.zeros_(module.bias)
     elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)): PreTrainedModel._init_weights(self, module)
 
 _Segmenter._init_weights = _init_convolutions
+
+class _Scores(nn.Conv2d):
+    "The last convolution, from features to class scores."
+    def __init__(self, before: int, classes: int): super().__init__(before, classes, 1)
 
 # %% ../nbs/11_segmenter.ipynb #dc3f1200
 class _Block(nn.Module):
@@ -93,7 +98,7 @@ class _Block(nn.Module):
         y = F.relu(self.first_norm(self.first(x)))
         return F.relu(self.second_norm(self.second(y)) + self.shortcut(x))
 
-# %% ../nbs/11_segmenter.ipynb #35e88959
+# %% ../nbs/11_segmenter.ipynb #8165ce27
 class UNetSegmenterConfig(_SegmenterConfig):
     "Widths of the levels, from full size down; each level halves the size."
     model_type = "segsyn-unet"
@@ -112,7 +117,7 @@ class UNetSegmenter(_Segmenter):
         self.narrow = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths[:0:-1], widths[-2::-1]))
         self.up = nn.ModuleList(_Block(w, w, config.groups) for w in widths[-2::-1])
         self.dropout = nn.Dropout2d(config.dropout)
-        self.head = nn.Conv2d(widths[0], config.num_labels, 1)
+        self.head = _Scores(widths[0], config.num_labels)
         self.post_init()
 
 # %% ../nbs/11_segmenter.ipynb #439edb03
@@ -172,7 +177,7 @@ class _Pyramid(nn.Module):
         whole = self.whole(x).expand(-1, -1, *x.shape[-2:])
         return self.project(torch.cat([*[branch(x) for branch in self.branches], whole], dim=1))
 
-# %% ../nbs/11_segmenter.ipynb #39040065
+# %% ../nbs/11_segmenter.ipynb #1932ad11
 class DeepLabV3Config(_SegmenterConfig):
     "`backbone` is a ResNetConfig as a dictionary; `rates` are those at output stride 8."
     model_type = "segsyn-deeplabv3"
@@ -192,11 +197,11 @@ class DeepLabV3(_Segmenter):
         self.backbone = dilate_backbone(ResNetBackbone(settings), config.output_stride)
         width, rates = config.head_channels, [max(1, round(rate * 8 / config.output_stride)) for rate in config.rates]
         self.pyramid = _Pyramid(settings.hidden_sizes[-1], width, rates, config.dropout)
-        self.head = nn.Sequential(*_convolution(width, width, 3), nn.Conv2d(width, config.num_labels, 1))
+        self.head = nn.Sequential(*_convolution(width, width, 3), _Scores(width, config.num_labels))
         self.loss_weights = (1.0, config.auxiliary_weight) if config.auxiliary_weight else (1.0,)
         if config.auxiliary_weight:
             third = settings.hidden_sizes[-2]
-            self.auxiliary = nn.Sequential(*_convolution(third, third // 4, 3), nn.Dropout(0.1), nn.Conv2d(third // 4, config.num_labels, 1))
+            self.auxiliary = nn.Sequential(*_convolution(third, third // 4, 3), nn.Dropout(0.1), _Scores(third // 4, config.num_labels))
         self.post_init()
 
     def all_logits(self, pixel_values):
@@ -540,7 +545,7 @@ def evaluate_segmenter(
     ious = {name: None if np.isnan(v) else float(v) for name, v in zip(space.names, class_iou(total))}
     return {"keys": keys, "confusions": confusions, "mean_iou": float(mean_iou(total)), "class_iou": ious}
 
-# %% ../nbs/11_segmenter.ipynb #cea54331
+# %% ../nbs/11_segmenter.ipynb #8878533d
 @dataclass(frozen=True)
 class Cutting:
     "One labelled object, cut out by its mask."
@@ -552,7 +557,7 @@ class Cutting:
 def cut_objects(
     sample: Sample,          # with a mask
     space: LabelSpace,       # says which classes are things
-    smallest: int = 24,      # pixels; what is smaller is left
+    smallest: int = 12,      # pixels; what is smaller is left
     whole: bool = True,      # leave objects that touch the picture's border
 ) -> list[Cutting]:          # in the order of their instance ids
     "The objects of a scene that are worth pasting."
