@@ -315,11 +315,11 @@ def normalise_notebook(
         if cell.cell_type == "code": cell.outputs = _clean_outputs(cell.outputs, root)
     return notebook
 
-# %% ../nbs/21_run.ipynb #2dc6e138
+# %% ../nbs/21_run.ipynb #062ee461
 def _kernel_environment(root, threads, debug):
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     wanted = dict(PYTHONPATH=path, PYTHONHASHSEED="0", OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), SEGSYN_DEBUG="1" if debug else "")
-    quiet = dict(TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error", PYDEVD_DISABLE_FILE_VALIDATION="1",
+    quiet = dict(TOKENIZERS_PARALLELISM="false", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error", PYDEVD_DISABLE_FILE_VALIDATION="1", PYTHONWARNINGS="ignore:IProgress not found",
                  MALLOC_MMAP_THRESHOLD_="33554432", MALLOC_TRIM_THRESHOLD_="1073741824")
     return {**{k: v for k, v in quiet.items() if k not in os.environ}, **wanted}
 
@@ -350,11 +350,11 @@ def _execute(notebook, values, root, threads, debug):
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/21_run.ipynb #a1485d1a
+# %% ../nbs/21_run.ipynb #6344fa81
 def stage_values(
     notebook: str | Path,            # nbs/pipeline/NN_stage.ipynb
     section: str,                    # of the parameters
-    settings: Iterable[str] = (),    # "key=value", laid over the section
+    settings: Iterable[str] = (),    # "key=value", laid over the section, or over `base` where the key is there
     profile: str | None = None,      # laid over the parameters
     params: str | Path = "params.yaml", # relative to the root
     root: str | Path | None = None,  # the project
@@ -364,7 +364,10 @@ def stage_values(
     all_params = read_params(root/params, profile)
     if section in SCHEMAS and section not in all_params: raise SegsynError("A section is missing.", where=params, found=", ".join(all_params), fix=f"Add `{section}:`.")
     values, base = (check_section(s, all_params.get(s), str(params)) for s in (section, "base"))
-    for text in settings: values = merge_params(values, read_setting(text), "--set", section) # an unknown key is refused here, a wrong value below
+    for text in settings: # an unknown key is refused here, a wrong value below
+        setting = read_setting(text)
+        if set(setting) <= set(BaseSection.model_fields) - set(values): base = check_section("base", merge_params(base, setting, "--set", "base"), "--set")
+        else: values = merge_params(values, setting, "--set", section)
     asked = notebook_parameters(read_notebook(root/notebook), notebook)
     return match_parameters(asked, check_section(section, values, "--set" if settings else str(params)), base, section, Path(notebook).name)
 

@@ -436,8 +436,8 @@ class MixedData:
 
 MixedData.__getitem__, MixedData.__getitems__ = _one_pair, _many_pairs
 
-# %% ../nbs/11_segmenter.ipynb #64097de5
-RECIPE = dict(steps=700, batch_size=32, learning_rate=2e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=350, log_every=50)
+# %% ../nbs/11_segmenter.ipynb #9e411408
+RECIPE = dict(steps=700, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=350, log_every=50)
 
 def segmenter_recipe(
     **changes,     # fields of TrainConfig

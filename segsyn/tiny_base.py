@@ -167,10 +167,10 @@ def caption_tokens(captions: list[tuple[str, tuple[str, ...]]], # (caption, clas
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np").input_ids
     return ids.astype(np.int16).reshape(len(unique), len(STYLE_WEIGHTS), -1)[[unique[pair] for pair in captions]]
 
-# %% ../nbs/14_tiny_base.ipynb #72e9dc7d
+# %% ../nbs/14_tiny_base.ipynb #2d32700e
 def create_text_encoder(tokenizer: CLIPTokenizer, # gives the vocabulary and the length
                         width: int = 128, # hidden size
-                        layers: int = 2, # transformer blocks
+                        layers: int = 0, # transformer blocks; 0: every token knows only itself and its place
                         seed: int = 0, # of the initial weights
                         ) -> CLIPTextModel:
     "A small CLIP text transformer with random weights."
@@ -270,14 +270,15 @@ def sample_images(base: Base, # any base
         images.append(decode_latents(base, latents)[:count])
     return np.concatenate(images)
 
-# %% ../nbs/14_tiny_base.ipynb #9042fa0f
+# %% ../nbs/14_tiny_base.ipynb #3e420bae
 def create_base(vae: AutoencoderKL, # trained, latents normalised
                 tokenizer: CLIPTokenizer, # of the captions
                 seed: int = 0, # of the initial weights
+                text_layers: int = 0, # of the text encoder
                 **denoiser, # settings of `create_denoiser`
                 ) -> Base: # autoencoder as given, the rest untrained
     "Put the parts of an untrained text-to-image model around a trained autoencoder."
-    text_encoder = create_text_encoder(tokenizer, seed=seed)
+    text_encoder = create_text_encoder(tokenizer, layers=text_layers, seed=seed)
     unet = create_denoiser(latent_channels=vae.config.latent_channels, seed=seed, text_width=text_encoder.config.hidden_size, **denoiser)
     return Base(vae=vae, unet=unet, text_encoders=[text_encoder], tokenizers=[tokenizer], scheduler_config=dict(create_scheduler().config))
 
