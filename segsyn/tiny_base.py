@@ -308,7 +308,7 @@ def train_denoiser(base: Base, # from `create_base`; its denoiser and text encod
     base.text_encoders[0].eval(); base._cache.clear()
     return result
 
-# %% ../nbs/14_tiny_base.ipynb #83dc9678
+# %% ../nbs/14_tiny_base.ipynb #6959e60e
 def color_map_fidelity(vae: AutoencoderKL, # trained
                        masks: np.ndarray, # integer (N, H, W)
                        space: LabelSpace, # gives the colours
@@ -319,7 +319,7 @@ def color_map_fidelity(vae: AutoencoderKL, # trained
     scores = {}
     for name, where in (("colour_map_miou", np.ones_like(border)), ("colour_map_border_miou", border)):
         truth = np.where(where, masks, space.ignore_id)
-        scores[name] = float(mean_iou(confusion_matrix(truth, decoded, space.num_classes, space.ignore_id)))
+        scores[name] = float(mean_iou(confusion_matrix(truth, decoded, space.num_classes, space.ignore_id, abstain=True)))
     return {**scores, "colour_map_pixels": float((decoded == masks).mean())}
 
 def _near_border(mask: np.ndarray, width: int = 2) -> np.ndarray:
@@ -339,7 +339,7 @@ def found_share(masks: list[np.ndarray], # predictions of an independent segment
     "In how many pictures a class is found."
     return float(np.mean([(m == class_id).mean() >= least for m in masks]))
 
-# %% ../nbs/14_tiny_base.ipynb #35d086f4
+# %% ../nbs/14_tiny_base.ipynb #fffe8ab7
 def model_card(training: dict, # training.json of the trained folder
                autoencoder: dict, # results of the autoencoder's training
                measured: dict, # measure.json
@@ -360,7 +360,7 @@ It draws 64x64 scenes of the Stamps benchmark (eleven classes of objects in fron
 
 {training["steps"]} steps of batch {config["batch_size"]} at learning rate {config["learning_rate"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting; the autoencoder {autoencoder["steps"]} steps. Run fingerprint `{training["fingerprint"][:16]}`. Rebuild it with `dvc repro training/dvc.yaml`.
 
-![loss](curve.png)
+The loss: ![loss](curve.png)
 
 ## How good it is
 
@@ -372,7 +372,7 @@ How often a segmenter trained on true scenes finds the class that the prompt nam
 |---|---|---|
 {rows}
 
-![samples](samples.png)
+Eight samples of each class: ![samples](samples.png)
 
 ## Data and licence
 
