@@ -18,7 +18,7 @@ venv: .venv/installed    ## the environment with pinned versions (about 2 minute
 	touch $@
 
 data: venv    ## the embedded data, from the store in this repository
-	dvc pull --quiet
+	dvc pull --quiet data.dvc
 
 repro: data    ## the whole pipeline, from labelled scenes to the report
 	dvc repro
