@@ -24,7 +24,7 @@ repro: data    ## the whole pipeline, from labelled scenes to the report
 	dvc repro
 
 test: data    ## every test: the notebooks, then the contracts in tests/
-	nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	python -m pytest
 
 smoke: data    ## the whole pipeline at a toy size, in a throw-away copy
