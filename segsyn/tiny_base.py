@@ -7,9 +7,9 @@ __all__ = ['STYLE_WEIGHTS', 'write_corpus', 'read_corpus', 'flat_picture', 'Auto
            'AutoencoderTrainer', 'autoencoder_loss', 'peak_signal_to_noise', 'encode_corpus', 'normalise_latents',
            'caption_tokens', 'create_text_encoder', 'create_denoiser', 'create_scheduler', 'LatentData',
            'train_autoencoder', 'reconstruct', 'class_prompts', 'sample_images', 'create_base', 'train_denoiser',
-           'color_map_fidelity', 'prompts_of', 'found_share', 'model_card', 'publish_base', 'main']
+           'color_map_fidelity', 'prompts_of', 'found_share', 'attention_miou', 'model_card', 'publish_base', 'main']
 
-# %% ../nbs/14_tiny_base.ipynb #5f077840
+# %% ../nbs/14_tiny_base.ipynb #d929d7bd
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +23,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .attention import mask_from_maps, read_attention
 from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_images, encode_prompts, sample_latents, save_base, train_tokenizer, use_explicit_attention
+from .dataset import Sample
 from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, read_json, write_json
 from .labels import LabelSpace, decode_colors, encode_mask
 from .metrics import confusion_matrix, mean_iou
@@ -338,6 +340,20 @@ def found_share(masks: list[np.ndarray], # predictions of an independent segment
                 ) -> float: # share of the pictures, 0 to 1
     "In how many pictures a class is found."
     return float(np.mean([(m == class_id).mean() >= least for m in masks]))
+
+# %% ../nbs/14_tiny_base.ipynb #159ef588
+def attention_miou(base: Base, # any base that draws these classes
+                   scenes: list[Sample], # with true masks
+                   space: LabelSpace, # of the masks
+                   timesteps: tuple[int, ...] = (100, 300), # noise levels to read at
+                   threshold: float = 0.4, # of the scaled maps, 0 to 1
+                   **settings, # of `segsyn.attention.attention_settings`: which layers and resolutions are read
+                   ) -> float: # mean IoU, 0 to 1
+    "How well cross-attention alone finds the objects of true scenes (Dataset Diffusion, section 3.3, tau = 0)."
+    maps = read_attention(base, np.stack([s.image for s in scenes]), [s.caption for s in scenes], [s.classes for s in scenes], timesteps,
+                          [derive_seed(0, "read", s.key) for s in scenes], settings)
+    masks = [mask_from_maps(m, [space.id_of(c) for c in m.classes], s.image.shape[:2], 0, threshold, threshold)[0] for m, s in zip(maps, scenes)]
+    return float(mean_iou(sum(confusion_matrix(s.mask, m, space.num_classes, space.ignore_id) for m, s in zip(masks, scenes))))
 
 # %% ../nbs/14_tiny_base.ipynb #fffe8ab7
 def model_card(training: dict, # training.json of the trained folder
