@@ -9,9 +9,9 @@ __all__ = ['IMAGE_MEAN', 'IMAGE_STD', 'SEGMENTERS', 'RECIPE', 'segmentation_loss
            'predict_masks', 'evaluate_segmenter', 'Cutting', 'cut_objects', 'copy_paste', 'relabel_dataset',
            'model_fingerprint']
 
-# %% ../nbs/11_segmenter.ipynb #c0736f07
+# %% ../nbs/11_segmenter.ipynb #071538f0
 import hashlib, math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -85,54 +85,63 @@ class _Scores(nn.Conv2d):
     "The last convolution, from features to class scores."
     def __init__(self, before: int, classes: int): super().__init__(before, classes, 1)
 
-# %% ../nbs/11_segmenter.ipynb #dc3f1200
+# %% ../nbs/11_segmenter.ipynb #7506735f
 class _Block(nn.Module):
-    "Two 3x3 convolutions with group norm and a shortcut around them."
-    def __init__(self, before: int, after: int, groups: int):
+    "Two 3x3 convolutions with norms and a shortcut around them."
+    def __init__(self, before: int, after: int, norm: Callable[[int], nn.Module]):
         super().__init__()
         self.first, self.second = nn.Conv2d(before, after, 3, padding=1, bias=False), nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.first_norm, self.second_norm = nn.GroupNorm(math.gcd(groups, after), after), nn.GroupNorm(math.gcd(groups, after), after)
+        self.first_norm, self.second_norm = norm(after), norm(after)
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x):
         y = F.relu(self.first_norm(self.first(x)))
         return F.relu(self.second_norm(self.second(y)) + self.shortcut(x))
 
-# %% ../nbs/11_segmenter.ipynb #8165ce27
+def _norm_of(config):
+    "What makes the norm of so many channels."
+    if config.norm not in ("batch", "group"): raise SegsynError("There is no such norm.", where="norm", found=config.norm, allowed="batch, group")
+    return nn.BatchNorm2d if config.norm == "batch" else lambda width: nn.GroupNorm(math.gcd(config.groups, width), width)
+
+# %% ../nbs/11_segmenter.ipynb #eb152aab
 class UNetSegmenterConfig(_SegmenterConfig):
-    "Widths of the levels, from full size down; each level halves the size."
+    "Widths of the levels; the first sees cells of `patch` pixels a side, each further level cells twice as large."
     model_type = "segsyn-unet"
-    channels: list[int] | tuple[int, ...] = (16, 32, 64, 128, 192)
-    groups: int = 8
+    channels: list[int] | tuple[int, ...] = (48, 96, 128)
+    patch: int = 2
+    norm: str = "batch" # or "group"
+    groups: int = 8     # of group norm
     dropout: float = 0.0
 
 class UNetSegmenter(_Segmenter):
-    "A small U-Net; group norm, skip connections by addition."
+    "A small U-Net; skip connections by addition."
     config_class = UNetSegmenterConfig
     def __init__(self, config: UNetSegmenterConfig):
         super().__init__(config)
-        widths = list(config.channels)
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(_Block(a, b, config.groups) for a, b in zip([widths[0], *widths], widths))
+        widths, norm, edge = list(config.channels), _norm_of(config), config.patch // 2
+        self.stem = nn.Conv2d(3, widths[0], config.patch + 2 * edge if edge else 3, stride=config.patch, padding=edge or 1) # windows that overlap
+        self.down = nn.ModuleList(_Block(a, b, norm) for a, b in zip([widths[0], *widths], widths))
         self.narrow = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths[:0:-1], widths[-2::-1]))
-        self.up = nn.ModuleList(_Block(w, w, config.groups) for w in widths[-2::-1])
+        self.up = nn.ModuleList(_Block(w, w, norm) for w in widths[-2::-1])
         self.dropout = nn.Dropout2d(config.dropout)
-        self.head = _Scores(widths[0], config.num_labels)
+        self.head = _Scores(widths[0], config.num_labels * config.patch**2)
         self.post_init()
 
-# %% ../nbs/11_segmenter.ipynb #439edb03
+# %% ../nbs/11_segmenter.ipynb #a6d2f6b7
 def _unet_logits(self, pixel_values):
-    smallest = 2 ** (len(self.down) - 1)
-    if min(pixel_values.shape[-2:]) < smallest:
-        raise SegsynError("The picture is too small for this U-Net.", found=tuple(pixel_values.shape[-2:]), allowed=f"{smallest} pixels or more", fix="Use fewer levels (channels).")
-    x, maps = self.stem(pixel_values), []
+    patch, size = self.config.patch, pixel_values.shape[-2:]
+    smallest = patch * 2 ** (len(self.down) - 1)
+    if min(size) < smallest: raise SegsynError("The picture is too small for this U-Net.", found=tuple(size), allowed=f"{smallest} pixels or more", fix="Use fewer levels (channels).")
+    beyond = [-side % patch for side in size] # sides need not be multiples of the patch
+    x = F.pad(pixel_values, (0, beyond[1], 0, beyond[0]), mode="replicate") if any(beyond) else pixel_values
+    x, maps = self.stem(x.contiguous(memory_format=torch.channels_last)), []
     for level, block in enumerate(self.down):
         x = block(F.max_pool2d(x, 2) if level else x)
         maps.append(x)
     x = self.dropout(x)
     for narrow, block, skip in zip(self.narrow, self.up, maps[-2::-1]):
         x = block(F.interpolate(narrow(x), size=skip.shape[-2:], mode="nearest") + skip)
-    return [self.head(x)]
+    return [F.pixel_shuffle(self.head(x), patch)[..., :size[0], :size[1]]]
 
 UNetSegmenter.all_logits = _unet_logits
 
@@ -279,12 +288,12 @@ def _same_classes(names, space, where):
     for i, (found, wanted) in enumerate(zip(names, space.names)):
         if found != wanted: raise SegsynError("The segmenter was trained for another label space.", where=f"{where}, class {i}", found=found, allowed=wanted, fix="Train a segmenter for this label space.")
 
-# %% ../nbs/11_segmenter.ipynb #800787a2
+# %% ../nbs/11_segmenter.ipynb #9f07651a
 @dataclass(frozen=True)
 class Augment:
     "How training pairs are varied. Amounts are the largest relative change."
     crop: int | None = None                  # side of the training picture in pixels; None keeps the size
-    scale: tuple[float, float] = (0.75, 1.5) # zoom, drawn log-uniformly
+    scale: tuple[float, float] = (0.9, 1.1) # zoom, drawn log-uniformly
     flip: float = 0.5                        # probability of the mirror image
     brightness: float = 0.25
     contrast: float = 0.25
@@ -436,8 +445,8 @@ class MixedData:
 
 MixedData.__getitem__, MixedData.__getitems__ = _one_pair, _many_pairs
 
-# %% ../nbs/11_segmenter.ipynb #9e411408
-RECIPE = dict(steps=700, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=350, log_every=50)
+# %% ../nbs/11_segmenter.ipynb #45842472
+RECIPE = dict(steps=800, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=400, log_every=50)
 
 def segmenter_recipe(
     **changes,     # fields of TrainConfig

@@ -162,7 +162,7 @@ def test_new_work_leaves_finished_datasets_alone(tmp_path):
     run(tmp_path/"set", tmp_path, seed=1)
     assert tree(tmp_path/"kept") == before and check_dataset(tmp_path/"kept") == []
 
-@pytest.mark.parametrize("writes", [5, 12, 25, 27]) # among the first samples, later ones, and while the dataset is put together
+@pytest.mark.parametrize("writes", [5, 12, 25, 35]) # among the first samples, later ones, and while the dataset is put together
 def test_full_disk(whole, tmp_path, monkeypatch, writes):
     real, calls = os.fsync, [0]
     def full(descriptor):
