@@ -129,7 +129,7 @@ class Report(Section):
     "Tables and figures."
     gallery: PositiveInt
 
-# %% ../nbs/21_run.ipynb #5385d162
+# %% ../nbs/21_run.ipynb #ae46aa4a
 class Corpus(Section):
     "Captioned scenes without labels."
     size: PositiveInt
@@ -151,7 +151,6 @@ class Denoiser(Section):
     heads: list[PositiveInt]
     vocabulary: PositiveInt
     length: PositiveInt
-    context_steps: PositiveInt
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
