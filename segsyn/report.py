@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PAPER_MASKS', 'PAPER_TAU', 'PAPER_SOURCE', 'VARIANTS', 'CLAIMS', 'Score', 'Run', 'Recipe', 'MaskStudy', 'Metrics',
            'load_metrics', 'segment_numbers', 'format_score', 'describe_runs', 'segment_table', 'to_markdown',
-           'class_numbers', 'class_table', 'recipe_figure', 'mask_table', 'tau_figure', 'Claim', 'find_result',
-           'judge_difference', 'judge_claim', 'claim_table', 'choose_extremes', 'gallery_figure', 'write_tables',
-           'write_figures', 'results_summary', 'notebook_list', 'render_readme', 'main']
+           'class_numbers', 'class_table', 'recipe_figure', 'mask_table', 'tau_figure', 'compare_recipes', 'Claim',
+           'find_result', 'judge_difference', 'judge_claim', 'claim_table', 'choose_extremes', 'gallery_figure',
+           'write_tables', 'write_figures', 'results_summary', 'notebook_list', 'render_readme', 'main']
 
-# %% ../nbs/20_report.ipynb #e7f6b9d6
+# %% ../nbs/20_report.ipynb #4ad4a216
 import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 import nbformat
@@ -24,6 +24,7 @@ from nbclient import NotebookClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .files import SegsynError, atomic_write, cli, find_root, nearest_name, read_json
 from .labels import LabelSpace
+from .metrics import bootstrap_difference
 from .pictures import overlay_mask, save_figure, show_images
 
 # %% ../nbs/20_report.ipynb #5a6378dd
@@ -73,19 +74,20 @@ def _with_runs(content, path):
     if len(seeds) > 1: raise SegsynError("Scores of several seeds have to be kept apart.", where=f"{path}: seeds", found=seeds, allowed='one "seed" and "splits", or a list of "runs"')
     return {**content, "runs": [{"seed": seeds[0], "splits": content["splits"]}]} if "splits" in content else content
 
-# %% ../nbs/20_report.ipynb #b37d39ab
+# %% ../nbs/20_report.ipynb #8ef6bfe0
 @dataclass(frozen=True)
 class Metrics:
     "All that was measured."
     recipes: dict[str, Recipe] # by name, in the order of the tables
     masks: MaskStudy           # empty where nothing was measured
+    differences: dict = field(default_factory=dict) # split -> recipe -> other recipe -> difference, low, high
 
 _first_recipes = ("real", "copy-paste", "synthetic", "real+synthetic") # reading order; others follow by name, the ceiling last
 
 def _place(name): return (1, _first_recipes.index(name), name) if name in _first_recipes else (3 if name == "ceiling" else 2, 0, name)
 
 def load_metrics(
-    folder: str | Path, # holds segment/*.json and masks.json
+    folder: str | Path, # holds segment/*.json, masks.json, differences.json
 ) -> Metrics:           # checked
     "Read the metrics files; runs of one recipe in several files are put together. Raises SegsynError, naming file and key, for what is missing or no number."
     folder, recipes = Path(folder), {}
@@ -98,7 +100,8 @@ def load_metrics(
         if (old.labels_used, old.steps) != (new.labels_used, new.steps): raise SegsynError("Runs of one recipe do not belong together.", where=path, found=f"{new.labels_used}, {new.steps} steps", allowed=f"{old.labels_used}, {old.steps} steps")
         old.runs.extend(new.runs)
     masks = _read(MaskStudy, folder/"masks.json") if (folder/"masks.json").exists() else MaskStudy()
-    return Metrics({name: recipes[name] for name in sorted(recipes, key=_place)}, masks)
+    differences = read_json(folder/"differences.json") if (folder/"differences.json").exists() else {}
+    return Metrics({name: recipes[name] for name in sorted(recipes, key=_place)}, masks, differences)
 
 # %% ../nbs/20_report.ipynb #970605f7
 _known_splits = ("val-A", "val-B", "unseen")
@@ -243,7 +246,16 @@ def tau_figure(
     plt.close(figure)
     return figure
 
-# %% ../nbs/20_report.ipynb #9b97076d
+# %% ../nbs/20_report.ipynb #58fe3faa
+def compare_recipes(
+    tables: Mapping[str, Mapping[str, np.ndarray]], # recipe -> "SPLIT SEED" -> one table a scene, (N,K,K)
+    groups: Mapping[str, Sequence],                 # split -> the cut-outs of each scene
+) -> dict:                                          # split -> recipe -> other recipe -> difference, low, high
+    "Every recipe against every other on the same draws of cut-outs; means over the runs."
+    runs = {recipe: {split: np.stack([own[k] for k in sorted(own) if k.rsplit(" ", 1)[0] == split]) for split in groups} for recipe, own in tables.items()}
+    return {split: {first: {second: bootstrap_difference(runs[first][split], runs[second][split], groups[split]) for second in runs if second != first} for first in runs} for split in groups}
+
+# %% ../nbs/20_report.ipynb #fe97a1d9
 @dataclass(frozen=True)
 class Claim:
     "An ordering that can be shown or not. Results are addressed as segment/RECIPE/SPLIT or masks/STUDY/VARIANT."
@@ -262,9 +274,10 @@ def find_result(
         raise SegsynError("A result is not addressed like this.", found=address, allowed=f"segment/RECIPE/SPLIT, masks/STUDY/VARIANT with {', '.join(MaskStudy.model_fields)}")
     if parts[0] == "masks": scores = [s for s in [getattr(metrics.masks, parts[1]).get(parts[2])] if s]
     else: scores = [run.splits[parts[2]] for run in metrics.recipes[parts[1]].runs if parts[2] in run.splits] if parts[1] in metrics.recipes else []
-    return {**_combine(scores), "versus": (scores[0].model_extra or {}).get("versus", {}) if len(scores) == 1 else {}} if scores else None
+    own = metrics.differences.get(parts[2], {}).get(parts[1], {}) if parts[0] == "segment" else {}
+    return {**_combine(scores), "versus": own or ((scores[0].model_extra or {}).get("versus", {}) if len(scores) == 1 else {})} if scores else None
 
-# %% ../nbs/20_report.ipynb #a9c49ab2
+# %% ../nbs/20_report.ipynb #b2101194
 def judge_difference(
     difference: float,  # better minus worse
     low: float | None,  # lower end of its interval
@@ -283,8 +296,8 @@ def judge_claim(
     if better is None or worse is None: return {**row, "here": "–", "verdict": "not measured"}
     paired = better["versus"].get(claim.worse.split("/")[2 if claim.worse.startswith("masks") else 1])
     low = paired["low"] if paired else better["low"] - worse["high"] if better["low"] is not None and worse["high"] is not None else None
-    runs = describe_runs(min(better["runs"], worse["runs"]))
-    return {**row, "here": f"{format_score(worse)} → {format_score(better)} ({runs})", "verdict": judge_difference(paired["difference"] if paired else better["miou"] - worse["miou"], low)}
+    notes = describe_runs(min(better["runs"], worse["runs"])) + (f"; {100*paired['difference']:+.1f} [{_percent(paired['low'])}, {_percent(paired['high'])}]" if paired else "")
+    return {**row, "here": f"{format_score(worse)} → {format_score(better)} ({notes})", "verdict": judge_difference(paired["difference"] if paired else better["miou"] - worse["miou"], low)}
 
 # %% ../nbs/20_report.ipynb #a5dc99ed
 CLAIMS = (
