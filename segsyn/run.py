@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Layers', 'SCHEMAS', 'read_yaml', 'Section', 'BaseSection', 'Prepare', 'Attention', 'Oracle', 'Masks',
-           'Segment', 'Report', 'Corpus', 'Autoencoder', 'Denoiser', 'Measure', 'check_section', 'merge_params',
-           'read_params', 'read_setting', 'read_notebook', 'notebook_parameters', 'match_parameters',
+           'Segment', 'Report', 'Corpus', 'Autoencoder', 'Denoiser', 'Measure', 'Speed', 'check_section',
+           'merge_params', 'read_params', 'read_setting', 'read_notebook', 'notebook_parameters', 'match_parameters',
            'normalise_notebook', 'StageError', 'stage_values', 'run_stage', 'imported_modules', 'stage_modules',
            'copy_project', 'run_profile', 'main']
 
@@ -159,7 +159,7 @@ class Denoiser(Section):
     min_snr_gamma: PositiveFloat | None
     caption_dropout: Share
 
-# %% ../nbs/21_run.ipynb #e361fc2a
+# %% ../nbs/21_run.ipynb #b42d92ca
 class Measure(Section):
     "What the tiny base can do."
     scenes: PositiveInt
@@ -169,8 +169,15 @@ class Measure(Section):
     steps: PositiveInt
     guidance: Annotated[float, Field(ge=0)]
 
+class Speed(Section):
+    "How fast the tiny base trains and draws."
+    batch_size: PositiveInt
+    rounds: PositiveInt
+    steps: PositiveInt
+    guidance: Annotated[float, Field(ge=0)]
+
 SCHEMAS = dict(base=BaseSection, prepare=Prepare, attention=Attention, oracle=Oracle, masks=Masks, segment=Segment, report=Report,
-               corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure)
+               corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed)
 
 # %% ../nbs/21_run.ipynb #31b280b0
 def _mistake(error, place, section, keys):
