@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['color_map_fidelity', 'near_border', 'found_share', 'judge_features', 'frechet_distance', 'nearest_pictures',
-           'copied_share', 'attention_miou']
+           'copied_share', 'read_scenes', 'attention_miou']
 
-# %% ../nbs/15_quality.ipynb #7a186d5b
+# %% ../nbs/15_quality.ipynb #05ebfe78
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import nn
 
-from .attention import mask_from_maps, read_attention
+from .attention import AttentionMaps, mask_from_maps, read_attention
 from .base import Base
 from .dataset import Sample
 from .files import SegsynError, derive_seed
@@ -107,17 +107,24 @@ def copied_share(
     "How many drawn pictures are nearer to the corpus than new true ones are."
     return float(np.mean(drawn < np.quantile(held_out, quantile)))
 
-# %% ../nbs/15_quality.ipynb #7cc68221
-def attention_miou(
+# %% ../nbs/15_quality.ipynb #991bdee2
+def read_scenes(
     base: Base,                # any base that draws these classes
-    scenes: Sequence[Sample],  # with true masks
-    space: LabelSpace,         # of the masks
-    timesteps: tuple[int, ...] = (100, 300), # noise levels to read at, 0..999
-    threshold: float = 0.4,    # of the scaled maps, 0..1
+    scenes: Sequence[Sample],  # with captions and class names
+    timesteps: Sequence[int] = (100, 300), # noise levels to read at, 0..999
     **settings,                # of `segsyn.attention.attention_settings`: which layers and resolutions are read
-) -> float:                    # mean IoU, 0..1
-    "How well cross-attention alone finds the objects of true scenes (Dataset Diffusion, section 3.3, tau = 0)."
-    maps = read_attention(base, np.stack([s.image for s in scenes]), [s.caption for s in scenes], [s.classes for s in scenes], timesteps,
+) -> list[AttentionMaps]:      # one a scene
+    "The attention maps of true scenes, noised with a seed of each scene's own."
+    return read_attention(base, np.stack([s.image for s in scenes]), [s.caption for s in scenes], [s.classes for s in scenes], timesteps,
                           [derive_seed(0, "read", s.key) for s in scenes], settings)
-    found = [mask_from_maps(m, [space.id_of(c) for c in m.classes], s.image.shape[:2], 0, threshold, threshold)[0] for m, s in zip(maps, scenes)]
+
+def attention_miou(
+    maps: Sequence[AttentionMaps], # of `read_scenes`
+    scenes: Sequence[Sample],      # the same, with true masks
+    space: LabelSpace,             # of the masks
+    tau: int = 0,                  # how often self-attention is applied; 0: cross-attention alone
+    threshold: float = 0.4,        # of the scaled maps, 0..1; below is background
+) -> float:                        # mean IoU, 0..1
+    "How well attention finds the objects of true scenes (Dataset Diffusion, section 3.3)."
+    found = [mask_from_maps(m, [space.id_of(c) for c in m.classes], s.image.shape[:2], tau, threshold, threshold, ignore_id=space.ignore_id)[0] for m, s in zip(maps, scenes, strict=True)]
     return float(mean_iou(sum(confusion_matrix(s.mask, m, space.num_classes, space.ignore_id) for m, s in zip(found, scenes))))

@@ -159,7 +159,7 @@ class Denoiser(Section):
     min_snr_gamma: PositiveFloat | None
     caption_dropout: Share
 
-# %% ../nbs/21_run.ipynb #b42d92ca
+# %% ../nbs/21_run.ipynb #4dbd078f
 class Measure(Section):
     "What the tiny base can do."
     scenes: PositiveInt
@@ -176,8 +176,16 @@ class Speed(Section):
     steps: PositiveInt
     guidance: Annotated[float, Field(ge=0)]
 
+class Layers(Section):
+    "Which attention layers of the tiny base are read."
+    scenes: PositiveInt
+    timesteps: list[Annotated[int, Field(ge=0, lt=1000)]]
+    thresholds: list[Share]
+    taus: list[PositiveInt]
+
 SCHEMAS = dict(base=BaseSection, prepare=Prepare, attention=Attention, oracle=Oracle, masks=Masks, segment=Segment, report=Report,
-               corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed)
+               corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed,
+               layers=Layers)
 
 # %% ../nbs/21_run.ipynb #31b280b0
 def _mistake(error, place, section, keys):
