@@ -6,7 +6,7 @@
 __all__ = ['create_controlnet', 'MaskImageData', 'ControlledDenoiser', 'Mask2ImgLoss', 'train_mask2img', 'Mask2ImgSettings',
            'draw_images', 'ImgSyn', 'plan_imgsyn', 'MaskSyn']
 
-# %% ../nbs/17_mask2img.ipynb #e4901166
+# %% ../nbs/17_mask2img.ipynb #59977395
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from .files import SegsynError, derive_seed, fingerprint
 from .labels import LabelSpace, decode_colors, encode_mask
 from .prompts import build_prompt
 from .synthesis import Request
-from .text2mask import ColorMapData, Text2MaskSettings, paint_masks
+from .text2mask import ColorMapData, Text2MaskSettings, method_settings, paint_masks
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/17_mask2img.ipynb #2d2ced36
@@ -119,7 +119,7 @@ def draw_images(
     with torch.no_grad(): latents = sample_latents(base, encode_prompts(base, list(prompts), size), None, seeds, size, settings.steps, settings.guidance, settings.sampler, denoiser=denoise)
     return decode_latents(base, latents)
 
-# %% ../nbs/17_mask2img.ipynb #15f11ba2
+# %% ../nbs/17_mask2img.ipynb #639254ff
 class ImgSyn:
     "SegGen's ImgSyn: new pictures for the masks of labelled samples (section 3.3)."
     name = "imgsyn"
@@ -131,8 +131,7 @@ class ImgSyn:
         settings: Mask2ImgSettings | dict | None = None, # settings all together
         **changes,                   # settings by name
     ):
-        given = settings.model_dump() if isinstance(settings, Mask2ImgSettings) else dict(settings or {})
-        self.base, self.controlnet, self.space, self.settings = base, controlnet.eval(), space, Mask2ImgSettings(**{**given, **changes})
+        self.base, self.controlnet, self.space, self.settings = base, controlnet.eval(), space, method_settings(Mask2ImgSettings, settings, **changes)
         self.chunk_size = self.settings.chunk_size
 
     def fingerprint(self) -> dict:
@@ -175,7 +174,7 @@ def plan_imgsyn(
         requests.append(Request(key, source.caption, source.classes, derive_seed(seed, "sample", key, 0), source=source, run_seed=seed))
     return requests
 
-# %% ../nbs/17_mask2img.ipynb #2f749e4c
+# %% ../nbs/17_mask2img.ipynb #4aa07f99
 class MaskSyn:
     "SegGen's MaskSyn: new masks for captions, and pictures for the new masks (section 3.3)."
     name = "masksyn"
@@ -189,7 +188,7 @@ class MaskSyn:
         draw: Mask2ImgSettings | dict | None = None,   # how pictures are drawn; its chunk_size counts for both
     ):
         self.painter, self.space = painter, space
-        self.paint = paint if isinstance(paint, Text2MaskSettings) else Text2MaskSettings(**(paint or {}))
+        self.paint = method_settings(Text2MaskSettings, paint)
         self.images = ImgSyn(base, controlnet, space, draw)
         self.chunk_size = self.images.chunk_size
 

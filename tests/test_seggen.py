@@ -1,7 +1,6 @@
 "SegGen's methods through the synthesis engine, and the statistics of their masks against slow oracles."
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from segsyn.base import make_tiny_base
 from segsyn.dataset import Sample, SegmentationDataset, check_dataset
@@ -58,7 +57,8 @@ def test_doubtful_masks_are_refused(tmp_path):
     assert all(s.scores["doubt"] > 0.2 for s in made) and clear_enough(0.1)(made[0]) == "too many doubtful pixels" and clear_enough(1.0)(made[0]) is True
 
 def test_settings_and_sources_are_checked(controlnet):
-    with pytest.raises(ValidationError, match="guidence"): Text2Mask(BASE, SPACE, guidence=3.0)
+    with pytest.raises(SegsynError, match="Did you mean 'guidance'"): Text2Mask(BASE, SPACE, guidence=3.0)
+    with pytest.raises(SegsynError, match="where: control"): ImgSyn(BASE, controlnet, SPACE, control=-1)
     with pytest.raises(SegsynError, match="no mask to draw"): ImgSyn(BASE, controlnet, SPACE, steps=1)([Request("a", "a disc", ("disc",), 1)])
     with pytest.raises(SegsynError, match="no caption"): ColorMapData([Sample("a", SCENES[0].image, SCENES[0].mask)], BASE, SPACE)[0, 1]
     with pytest.raises(SegsynError, match="no mask"): ColorMapData([Sample("a", SCENES[0].image, caption="a disc")], BASE, SPACE)[0, 1]
