@@ -169,7 +169,7 @@ def test_a_failure_leaves_the_earlier_report_alone(project):
 @pytest.mark.parametrize("number, statuses", [(signal.SIGTERM, (143,)), (signal.SIGINT, (130,))])
 def test_a_stopped_stage_ends_its_kernel(project, number, statuses):
     process = subprocess.Popen([sys.executable, "-m", "segsyn.run", "nbs/slow.ipynb", "report"], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in a shell's background ignores SIGINT, and so would its children
     limit = time.monotonic() + 60
     while not (project / "started").exists():
         assert process.poll() is None and time.monotonic() < limit
