@@ -6,7 +6,7 @@
 __all__ = ['create_controlnet', 'MaskImageData', 'ControlledDenoiser', 'Mask2ImgLoss', 'train_mask2img', 'Mask2ImgSettings',
            'draw_images', 'ImgSyn', 'plan_imgsyn', 'MaskSyn']
 
-# %% ../nbs/17_mask2img.ipynb #59977395
+# %% ../nbs/17_mask2img.ipynb #0e831d90
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,9 @@ from .dataset import Sample
 from .files import SegsynError, derive_seed, fingerprint
 from .labels import LabelSpace, decode_colors, encode_mask
 from .prompts import build_prompt
+from .segmenter import model_fingerprint
 from .synthesis import Request
-from .text2mask import ColorMapData, Text2MaskSettings, method_settings, paint_masks
+from .text2mask import ChunkedMethod, ColorMapData, Text2MaskSettings, method_settings, paint_masks
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/17_mask2img.ipynb #2d2ced36
@@ -67,7 +68,7 @@ class Mask2ImgLoss(DiffusionLoss):
         added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]} if "pooled" in batch else None
         return model(noisy, timesteps, batch["hidden"], batch["colors"], added)
 
-# %% ../nbs/17_mask2img.ipynb #2789a425
+# %% ../nbs/17_mask2img.ipynb #c8ac6a78
 def train_mask2img(
     base: Base,                 # stays as it is, bit for bit
     data: MaskImageData,        # captions, colour maps, pictures
@@ -80,7 +81,8 @@ def train_mask2img(
 ) -> tuple[ControlNetModel, TrainResult]: # in evaluation mode; saves and loads as diffusers does
     "Train a ControlNet on colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings."
     controlnet, frozen = create_controlnet(base), copy.deepcopy(base.unet).float()
-    if (config.device or str(base.device)) == "cpu": use_explicit_attention(frozen), use_explicit_attention(controlnet)
+    if (config.device or str(base.device)) == "cpu":
+        for part in (frozen, controlnet): use_explicit_attention(part)
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(ControlledDenoiser(frozen, controlnet), data, Mask2ImgLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)
     use_explicit_attention(controlnet, False)
@@ -119,8 +121,8 @@ def draw_images(
     with torch.no_grad(): latents = sample_latents(base, encode_prompts(base, list(prompts), size), None, seeds, size, settings.steps, settings.guidance, settings.sampler, denoiser=denoise)
     return decode_latents(base, latents)
 
-# %% ../nbs/17_mask2img.ipynb #639254ff
-class ImgSyn:
+# %% ../nbs/17_mask2img.ipynb #3970119f
+class ImgSyn(ChunkedMethod):
     "SegGen's ImgSyn: new pictures for the masks of labelled samples (section 3.3)."
     name = "imgsyn"
 
@@ -136,21 +138,9 @@ class ImgSyn:
 
     def fingerprint(self) -> dict:
         "Everything that decides the bytes of a sample, besides its request."
-        return {"method": self.name, "base": self.base.fingerprint, "controlnet": _weights_fingerprint(self.controlnet), "precision": str(self.base.dtype), "labels": self.space.fingerprint(), "settings": self.settings.model_dump(mode="json")}
+        return {"method": self.name, "base": self.base.fingerprint, "controlnet": model_fingerprint(self.controlnet), "precision": str(self.base.dtype), "labels": self.space.fingerprint(), "settings": self.settings.model_dump(mode="json")}
 
-    def __call__(self, requests: Sequence[Request]) -> list[Sample]:
-        "A sample for each request. Raises SegsynError for a request without a labelled source."
-        made = []
-        for start in range(0, len(requests), self.chunk_size):
-            part = list(requests[start:start + self.chunk_size])
-            made += self._chunk(part + [part[-1]] * (self.chunk_size - len(part)))[:len(part)]
-        return made
-
-# %% ../nbs/17_mask2img.ipynb #a65c9a73
-def _weights_fingerprint(module):
-    "SHA-256 over all weights, in a form that JSON can hold."
-    return fingerprint({name: fingerprint(t.detach().float().cpu().numpy().tobytes().hex()) for name, t in sorted(module.state_dict().items())})
-
+# %% ../nbs/17_mask2img.ipynb #1324ff23
 def _draw_sources(self, requests):
     for r in requests:
         if r.source is None or r.source.mask is None: raise SegsynError("A request has no mask to draw a picture for.", where=r.key, fix="Plan it with plan_imgsyn.")
@@ -174,8 +164,8 @@ def plan_imgsyn(
         requests.append(Request(key, source.caption, source.classes, derive_seed(seed, "sample", key, 0), source=source, run_seed=seed))
     return requests
 
-# %% ../nbs/17_mask2img.ipynb #4aa07f99
-class MaskSyn:
+# %% ../nbs/17_mask2img.ipynb #c99bc5ba
+class MaskSyn(ChunkedMethod):
     "SegGen's MaskSyn: new masks for captions, and pictures for the new masks (section 3.3)."
     name = "masksyn"
 
@@ -195,8 +185,6 @@ class MaskSyn:
     def fingerprint(self) -> dict:
         "Everything that decides the bytes of a sample, besides its request."
         return {**self.images.fingerprint(), "method": self.name, "painter": self.painter.fingerprint, "paint": self.paint.model_dump(mode="json")}
-
-    __call__ = ImgSyn.__call__
 
 # %% ../nbs/17_mask2img.ipynb #481aafa5
 def _paint_and_draw(self, requests):
