@@ -8,7 +8,7 @@ __all__ = ['LayerChoice', 'attention_layers', 'level_grids', 'attention_resoluti
            'AttentionMaps', 'resize_maps', 'attention_maps', 'refine_maps', 'presence_score', 'scale_maps',
            'maps_to_mask', 'mask_from_maps', 'read_attention', 'DatasetDiffusion', 'draw_and_read']
 
-# %% ../nbs/13_attention.ipynb #bb85311d
+# %% ../nbs/13_attention.ipynb #870f2552
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from .files import SegsynError, derive_seed, nearest_name
+from .files import SegsynError, derive_seed
 from .labels import LabelSpace
 from .dataset import Sample
 from .prompts import PROMPT_STYLES, Prompt, build_prompt, token_spans
 from .base import Base, Conditioning, add_noise, decode_latents, encode_images, encode_prompts, load_base, predict_noise, sample_latents, sample_noise
+from .synthesis import ChunkedMethod, Request, filled, method_settings
 
 # %% ../nbs/13_attention.ipynb #6b6c7c81
 def attention_layers(unet: torch.nn.Module, # a UNet2DConditionModel of SD or SDXL layout
@@ -110,22 +111,14 @@ class AttentionSettings(BaseModel):
     presence: float = Field(0.0, ge=0) # a class with a lower presence score gets no mask
     chunk_size: int = Field(4, ge=1) # pictures drawn at once; part of what decides the last bits
 
-# %% ../nbs/13_attention.ipynb #08a9fdbb
+# %% ../nbs/13_attention.ipynb #74fba213
 def attention_settings(settings: AttentionSettings|dict|None = None, # settings, or some of them by name
                        **changes: Any, # further settings by name
                       ) -> AttentionSettings:
     "Checked settings; raises SegsynError that names the wrong key or value."
-    values = settings.model_dump() if isinstance(settings, AttentionSettings) else dict(settings or {})
-    try: made = AttentionSettings(**{**values, **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        close = nearest_name(key, AttentionSettings.model_fields) if first["type"] == "extra_forbidden" else None
-        raise SegsynError("Unknown setting of the attention method." if first["type"] == "extra_forbidden" else "A setting of the attention method is not valid.",
-                          where=key, found=repr(first["input"]), allowed=", ".join(AttentionSettings.model_fields) if first["type"] == "extra_forbidden" else first["msg"],
-                          fix=f"Did you mean {close!r}?" if close else None) from None
+    made = method_settings(AttentionSettings, settings, **changes)
     for key, allowed in (("style", PROMPT_STYLES), ("softmax", ("all", "classes"))):
-        if getattr(made, key) not in allowed: raise SegsynError("A setting of the attention method is not valid.", key, getattr(made, key), ", ".join(allowed))
+        if getattr(made, key) not in allowed: raise SegsynError("A setting cannot have this value.", key, getattr(made, key), ", ".join(allowed))
     start, stop = made.capture_steps
     if made.alpha > made.beta: raise SegsynError("The lower threshold is above the upper one.", "alpha, beta", (made.alpha, made.beta), "alpha <= beta")
     if not 0 <= start < stop <= 1: raise SegsynError("The part of the steps to read is empty.", "capture_steps", (start, stop), "0 <= start < stop <= 1")
@@ -337,7 +330,7 @@ def mask_from_maps(maps: AttentionMaps, # of one picture
     mask = maps_to_mask(scale_maps(refined[kept]), [class_ids[i] for i in kept], alpha, beta, size, ignore_id, background)
     return mask, dict(zip(maps.classes, scores))
 
-# %% ../nbs/13_attention.ipynb #a77060c5
+# %% ../nbs/13_attention.ipynb #d582671b
 def _class_prompts(base: Base, prompts: Sequence[Prompt], size: int) -> tuple[Tensor, list, list[int]]:
     "Encoded class prompts, the spans of their classes, and their lengths in tokens."
     encoded = [[token_spans(tokenizer, p.classes) if p.classes else ([0, 0], []) for tokenizer in base.tokenizers] for p in prompts]
@@ -348,10 +341,6 @@ def _class_prompts(base: Base, prompts: Sequence[Prompt], size: int) -> tuple[Te
 def _capture_options(base: Base, settings: AttentionSettings, size: int) -> tuple[int, tuple[int, ...], dict]:
     own, cross = default_resolutions(base.unet, *base.latent_shape(size)[-2:])
     return settings.self_resolution or own, settings.cross_resolutions or cross, {"self_layers": settings.self_layers, "cross_layers": settings.cross_layers}
-
-def _filled(items: Sequence, size: int) -> list:
-    "Exactly `size` items, the last one repeated: a chunk always has the same shape."
-    return [*items, *[items[-1]] * (size - len(items))]
 
 # %% ../nbs/13_attention.ipynb #5244146a
 @torch.no_grad()
@@ -367,7 +356,7 @@ def _read_chunk(base: Base, latents: Tensor, prompts: Sequence[Prompt], timestep
             predict_noise(base, add_noise(base, latents, noise, at), at, text)
     return attention_maps(capture, [p.classes for p in prompts], spans)
 
-# %% ../nbs/13_attention.ipynb #5bec7c68
+# %% ../nbs/13_attention.ipynb #a5b5cd49
 def read_attention(base: Base, # a latent diffusion base
                    images: np.ndarray|Tensor, # (B, H, W, 3) uint8 pictures, or (B, C, h, w) latents
                    captions: Sequence[str], # one a picture
@@ -383,13 +372,13 @@ def read_attention(base: Base, # a latent diffusion base
     if not len(timesteps): raise SegsynError("There are no timesteps to read at.", where="timesteps")
     size, step, made = settings.size or base.image_size, settings.chunk_size, []
     for start in range(0, len(prompts), step):
-        part = [_filled(list(items[start:start + step]), step) for items in (images, prompts, seeds)]
+        part = [filled(items[start:start + step], step) for items in (images, prompts, seeds)]
         latents = torch.stack(part[0]) if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == base.latent_shape(size)[0] else encode_images(base, np.stack(part[0]))
         made += _read_chunk(base, latents, part[1], timesteps, part[2], settings, size)[:len(prompts) - start]
     return made
 
-# %% ../nbs/13_attention.ipynb #3f17fc73
-class DatasetDiffusion:
+# %% ../nbs/13_attention.ipynb #c1d7ab02
+class DatasetDiffusion(ChunkedMethod):
     "Dataset Diffusion: pictures from a text-to-image base, masks from its attention (section 3)."
     name = "attention"
 
@@ -409,16 +398,7 @@ class DatasetDiffusion:
         return {"method": self.name, "base": self.base.fingerprint, "precision": str(self.base.dtype), "labels": self.space.fingerprint(),
                 "settings": self.settings.model_dump(mode="json") | {"size": self.size, "self_resolution": self_resolution, "cross_resolutions": list(cross_resolutions)}}
 
-    def __call__(self, requests: Sequence[Any], # with key, caption, classes, seed
-                ) -> list[Sample]: # one a request, in their order
-        "Pictures with masks; raises SegsynError for a class that the label space does not have."
-        samples = []
-        for start in range(0, len(requests), self.chunk_size):
-            part = list(requests[start:start + self.chunk_size])
-            samples += self._chunk(_filled(part, self.chunk_size))[:len(part)]
-        return samples
-
-# %% ../nbs/13_attention.ipynb #265a62dd
+# %% ../nbs/13_attention.ipynb #dea4a45c
 def draw_and_read(base: Base, # a latent diffusion base
                   prompts: Sequence[Prompt], # one a picture; all are drawn at once
                   seeds: Sequence[int], # one a picture
@@ -446,7 +426,7 @@ def _label(request: Any, prompt: Prompt, image: np.ndarray, maps: AttentionMaps,
                   seed=request.seed, method=DatasetDiffusion.name, scores=scores, extra=extra)
 
 @patch
-def _chunk(self: DatasetDiffusion, requests: Sequence[Any]) -> list[Sample]:
+def _chunk(self: DatasetDiffusion, requests: Sequence[Request]) -> list[Sample]:
     names = [name for i, name in enumerate(self.space.names) if i != self.space.background]
     prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.base.tokenizers, names) for r in requests]
     images, maps = draw_and_read(self.base, prompts, [r.seed for r in requests], self.settings, self.size)

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'batch_keys', 'load_batch', 'batches', 'learning_rate_at', 'Average', 'set_threads',
            'keep_freed_memory', 'checkpoint_folders', 'TrainResult', 'fit', 'loss_curve']
 
-# %% ../nbs/10_training.ipynb #456615da
+# %% ../nbs/10_training.ipynb #67d7c1bc
 import ctypes, errno, json, math, os, shutil, signal, sys, threading, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 from .base import resolve_precision
 from .files import (SegsynError, atomic_folder, atomic_write, canonical_json, derive_seed, explain_difference, fingerprint,
-                          folder_lock, nearest_name, read_json, verify_manifest, write_json, write_manifest)
+                          folder_lock, read_json, settings_error, verify_manifest, write_json, write_manifest)
 
-# %% ../nbs/10_training.ipynb #ec06b775
+# %% ../nbs/10_training.ipynb #7df3e82b
 class TrainConfig(BaseModel):
     "Settings of a training run. Unknown names and impossible values raise SegsynError."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,17 +57,7 @@ class TrainConfig(BaseModel):
 
     def __init__(self, **settings):
         try: super().__init__(**settings)
-        except ValidationError as error: raise _settings_error(error) from None
-
-# %% ../nbs/10_training.ipynb #4c95cfc6
-def _settings_error(error):
-    first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return SegsynError("A training setting cannot have this value.", where=name, found=repr(first["input"])[:80] if first["type"] != "missing" else "nothing", allowed=first["msg"])
-    near = nearest_name(name, TrainConfig.model_fields)
-    return SegsynError("There is no such training setting.", where=name, found=repr(first["input"])[:80],
-                       allowed=", ".join(TrainConfig.model_fields), fix=f"Did you mean '{near}'?" if near else None)
+        except ValidationError as error: raise settings_error(error, type(self).model_fields, "training setting") from None
 
 # %% ../nbs/10_training.ipynb #e5c1dca1
 @lru_cache(maxsize=4)

@@ -43,7 +43,7 @@ def run(project, notebook, section, *settings, **environment):
 
 
 def test_wrong_parameter(project):
-    assert "tau" in run(project, "02_attention", "attention", "tua=3")
+    assert "tau" in run(project, "10_attention", "attention", "tua=3")
 
 
 def test_unknown_class_in_a_prompt(project):
@@ -51,14 +51,14 @@ def test_unknown_class_in_a_prompt(project):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[2]["classes"] = ["brid"]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    error = run(project, "02_attention", "attention", f"model={ROOT / 'data' / 'tiny-sd'}")
+    error = run(project, "10_attention", "attention", f"model={ROOT / 'data' / 'tiny-sd'}")
     assert "brid" in error and "bird" in error
 
 
 def test_truncated_image(project):
     path = project / "datasets" / "train" / "images" / "000003.png"
     path.write_bytes(path.read_bytes()[:1000])
-    assert "images/000003.png" in run(project, "05_segment", "segment", "recipe=real")
+    assert "images/000003.png" in run(project, "40_segment", "segment", "recipe=real")
 
 
 def test_unknown_id_in_a_mask(project):
@@ -66,14 +66,14 @@ def test_unknown_id_in_a_mask(project):
     mask = np.array(Image.open(path))
     mask[:2, :3] = 77
     Image.fromarray(mask).save(path)
-    error = run(project, "05_segment", "segment", "recipe=real")
+    error = run(project, "40_segment", "segment", "recipe=real")
     assert "masks/000001.png" in error and "77" in error and "6 " in error
 
 
 def test_missing_base_folder(project):
-    assert "models/my-base" in run(project, "02_attention", "attention", "model=models/my-base")
+    assert "models/my-base" in run(project, "10_attention", "attention", "model=models/my-base")
 
 
 def test_no_network_with_a_hub_id(project):
-    error = run(project, "02_attention", "attention", "model=someone/some-base@" + "0" * 40, HF_HUB_OFFLINE="1", HF_HOME=str(project / "hub"))
+    error = run(project, "10_attention", "attention", "model=someone/some-base@" + "0" * 40, HF_HUB_OFFLINE="1", HF_HOME=str(project / "hub"))
     assert "someone/some-base" in error

@@ -10,7 +10,7 @@ from segsyn.run import SCHEMAS, check_section, merge_params, notebook_parameters
 from segsyn.synthesis import METHODS
 
 ROOT = Path(__file__).parent.parent
-PIPELINES = {"dvc.yaml": "params.yaml", "training/dvc.yaml": "training/params.yaml"}
+PIPELINES = {"dvc.yaml": "params.yaml", "sweeps/dvc.yaml": "params.yaml", "training/dvc.yaml": "training/params.yaml"}
 
 
 def fill(obj, values):
@@ -101,7 +101,7 @@ def test_deps_name_the_method_that_is_loaded_by_name(file, name, stage):
     notebook, section, _ = command(stage)
     source = "\n".join(c.source for c in read_notebook(ROOT / notebook).cells if c.cell_type == "code")
     if "load_method" not in source: return
-    named = {m for m in METHODS if re.search(rf"""load_method\(\s*["']{m}["']""", source)} or set(METHODS)
+    named = {m for m in METHODS if re.search(rf"""load_method[(,]\s*["']{m}["']""", source)} or set(METHODS)
     wanted = {METHODS[m].split(":")[0].replace(".", "/") + ".py" for m in named}
     assert wanted <= set(paths(stage["deps"]))
 

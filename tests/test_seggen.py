@@ -1,14 +1,17 @@
 "SegGen's methods through the synthesis engine, and the statistics of their masks against slow oracles."
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
-from segsyn.base import make_tiny_base
+from segsyn.base import load_base, make_tiny_base, save_base
 from segsyn.dataset import Sample, SegmentationDataset, check_dataset
 from segsyn.files import SegsynError, folder_hashes
 from segsyn.labels import LabelSpace
-from segsyn.mask2img import ImgSyn, MaskSyn, create_controlnet, plan_imgsyn
-from segsyn.synthesis import Request, plan_requests, synthesise
-from segsyn.text2mask import ColorMapData, Text2Mask, class_agreement, clear_enough, nearest_masks
+from segsyn.mask2img import ImgSyn, MaskImageData, MaskSyn, create_controlnet, load_mask2img, plan_imgsyn, save_mask2img
+from segsyn.synthesis import Request, load_method, plan_requests, synthesise
+from segsyn.text2mask import ColorMapData, Text2Mask, class_agreement, clear_enough, load_text2mask, nearest_masks, save_text2mask
 
 SPACE = LabelSpace.create(["disc", "box"], background="background")
 BASE = make_tiny_base("sd15")
@@ -54,7 +57,7 @@ def test_doubtful_masks_are_refused(tmp_path):
     method = Text2Mask(BASE, SPACE, steps=2, margin=200.0, chunk_size=2) # nearly every pixel is in doubt
     requests = plan_requests([(s.caption, s.classes) for s in SCENES], 2, seed=3)
     made = method(requests)
-    assert all(s.scores["doubt"] > 0.2 for s in made) and clear_enough(0.1)(made[0]) == "too many doubtful pixels" and clear_enough(1.0)(made[0]) is True
+    assert all(s.scores["doubt"] > 0.2 for s in made) and clear_enough(made[0], 0.1) == "too many doubtful pixels" and clear_enough(made[0], 1.0) is True
 
 def test_settings_and_sources_are_checked(controlnet):
     with pytest.raises(SegsynError, match="Did you mean 'guidance'"): Text2Mask(BASE, SPACE, guidence=3.0)
@@ -74,3 +77,35 @@ def test_class_agreement():
     both, none = np.concatenate([np.ones((2, 4)), np.full((2, 4), 2)]).astype(np.uint8), np.zeros((4, 4), np.uint8)
     assert class_agreement([both, none], [("disc",), ("box",)], SPACE) == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert class_agreement([none], [()], SPACE) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+def test_two_equal_colours_are_refused():
+    with pytest.raises(SegsynError, match="(?i)colou?r"): LabelSpace.create(["disc", "box"], palette=[(0, 0, 0), (10, 20, 30), (10, 20, 30)])
+
+def test_a_mask_of_another_label_space_is_refused():
+    wrong = Sample("w", SCENES[0].image, np.full_like(SCENES[0].mask, 9), "a disc", ("disc",))
+    for data in (ColorMapData([wrong], BASE, SPACE), MaskImageData([wrong], BASE, SPACE)):
+        with pytest.raises(SegsynError, match="9"): data.__getitems__([(0, 1)])
+
+def test_a_caption_without_a_class_is_refused(controlnet):
+    nothing = Request("a", "a lamp", (), 1)
+    for method in (Text2Mask(BASE, SPACE, steps=1, chunk_size=1), MaskSyn(BASE, BASE, controlnet, SPACE, dict(steps=1), dict(steps=1, chunk_size=1))):
+        with pytest.raises(SegsynError, match="class"): method([nothing])
+
+def test_models_remember_what_they_were_trained_for(tmp_path, controlnet):
+    other, stranger = LabelSpace.create(["disc", "cross"], background="background"), make_tiny_base("sd15", seed=1)
+    painter, net = save_text2mask(BASE, SPACE, tmp_path/"painter"), save_mask2img(controlnet, BASE, SPACE, tmp_path/"net")
+    assert all(torch.equal(a, b) for a, b in zip(load_text2mask(painter, SPACE).unet.state_dict().values(), BASE.unet.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(load_mask2img(net, BASE, SPACE).state_dict().values(), controlnet.state_dict().values()))
+    for call in (lambda: load_text2mask(painter, other), lambda: load_mask2img(net, BASE, other)):
+        with pytest.raises(SegsynError, match="another label space"): call()
+    with pytest.raises(SegsynError, match="another base"): load_mask2img(net, stranger, SPACE)
+    with pytest.raises(SegsynError, match="no trained model"): load_text2mask(tmp_path, SPACE)
+
+def test_workers_make_the_same_bytes(tmp_path, controlnet):
+    base, net = save_base(BASE, tmp_path/"base"), create_controlnet(BASE)
+    base = load_base(base)
+    save_mask2img(net.eval(), base, SPACE, tmp_path/"net")
+    recipe = partial(load_method, "imgsyn", base=str(tmp_path/"base"), controlnet=str(tmp_path/"net"), space=SPACE, settings=dict(steps=1, chunk_size=2))
+    requests = plan_imgsyn(SCENES, 4, seed=1)
+    one, two = [synthesise(recipe, requests, tmp_path/f"of-{n}", SPACE, "ImgSyn", workers=n, threads=1, progress=False, root=tmp_path/str(n)) for n in (1, 2)]
+    assert folder_hashes(one) == folder_hashes(two)
