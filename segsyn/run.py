@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Share', 'Layers', 'SCHEMAS', 'read_yaml', 'Section', 'BaseSection', 'Prepare', 'Attention', 'Text2Mask', 'Mask2Img',
            'SegGen', 'Oracle', 'Masks', 'Segment', 'Report', 'Sweeps', 'Corpus', 'Autoencoder', 'Denoiser', 'Measure',
-           'Speed', 'check_section', 'merge_params', 'read_params', 'read_setting', 'read_notebook',
+           'Speed', 'Uvit', 'Study', 'check_section', 'merge_params', 'read_params', 'read_setting', 'read_notebook',
            'notebook_parameters', 'match_parameters', 'normalise_notebook', 'StageError', 'stage_values', 'run_stage',
            'imported_modules', 'stage_modules', 'copy_project', 'run_profile', 'main']
 
@@ -209,7 +209,7 @@ class Denoiser(Section):
     min_snr_gamma: PositiveFloat | None
     caption_dropout: Share
 
-# %% ../nbs/21_run.ipynb #bb5856cc
+# %% ../nbs/21_run.ipynb #b6dd3859
 class Measure(Section):
     "What the tiny base can do."
     scenes: PositiveInt
@@ -226,6 +226,50 @@ class Speed(Section):
     steps: PositiveInt
     guidance: Annotated[float, Field(ge=0)]
 
+# %% ../nbs/21_run.ipynb #54dda452
+class Uvit(Section):
+    "The transformer base and its small CLIP."
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    norms: Literal["pre", "post"]
+    code_width: PositiveInt
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    ema_decay: Share | None
+    min_snr_gamma: PositiveFloat | None
+    text_weight: Annotated[float, Field(ge=0)]
+    clip_weight: Annotated[float, Field(ge=0)]
+    clip_width: PositiveInt
+    clip_layers: PositiveInt
+    clip_steps: PositiveInt
+    clip_batch_size: PositiveInt
+    clip_learning_rate: PositiveFloat
+
+# %% ../nbs/21_run.ipynb #fe9583c9
+class Study(Section):
+    "One variant of the denoiser's recipe, briefly trained; the variants are stages of training/dvc.yaml."
+    name: str = "as shipped"
+    channels: list[PositiveInt] = [64, 176]
+    heads: list[PositiveInt] = [4, 4]
+    text_layers: NonNegativeInt = 0
+    prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
+    pictures: PositiveInt = 40000
+    plain_captions: bool = False
+    min_snr_gamma: PositiveFloat | None = 5.0
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    ema_decay: Share | None
+    caption_dropout: Share
+    vocabulary: PositiveInt
+    length: PositiveInt
+    scenes: PositiveInt
+    samples: PositiveInt
+
 class Layers(Section):
     "Which attention layers of the tiny base are read."
     scenes: PositiveInt
@@ -235,7 +279,7 @@ class Layers(Section):
 
 SCHEMAS = dict(base=BaseSection, prepare=Prepare, oracle=Oracle, attention=Attention, masks=Masks, text2mask=Text2Mask, mask2img=Mask2Img, seggen=SegGen, segment=Segment, report=Report, sweeps=Sweeps,
                corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed,
-               layers=Layers)
+               layers=Layers, uvit=Uvit, study=Study)
 
 # %% ../nbs/21_run.ipynb #31b280b0
 def _mistake(error, place, section, keys):

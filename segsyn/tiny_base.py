@@ -176,7 +176,7 @@ def create_text_encoder(tokenizer: CLIPTokenizer, # gives the vocabulary and the
                                         max_position_embeddings=tokenizer.model_max_length, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
                                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-# %% ../nbs/14_tiny_base.ipynb #475d0f4e
+# %% ../nbs/14_tiny_base.ipynb #e6ecf1fb
 def create_denoiser(channels: tuple[int, ...] = (64, 176), # width at 16x16 and at 8x8 cells
                     heads: tuple[int, ...] = (4, 4), # attention heads at each level
                     text_width: int = 128, # hidden size of the text encoder
@@ -191,9 +191,10 @@ def create_denoiser(channels: tuple[int, ...] = (64, 176), # width at 16x16 and 
                                 layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
                                 cross_attention_dim=text_width, attention_head_dim=heads, norm_num_groups=16)
 
-def create_scheduler() -> DDPMScheduler:
-    "The noise schedule of Stable Diffusion with v-prediction, whose target is well scaled at every noise level."
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+def create_scheduler(prediction: str = "v_prediction", # or epsilon, as in the first Stable Diffusion
+                     ) -> DDPMScheduler:
+    "The noise schedule of Stable Diffusion; with v-prediction the target is well scaled at every noise level."
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction,
                          clip_sample=False, steps_offset=1)
 
 # %% ../nbs/14_tiny_base.ipynb #ba6fcfc6
@@ -272,17 +273,18 @@ def sample_images(base: Base, # any base
         images.append(decode_latents(base, latents)[:count])
     return np.concatenate(images)
 
-# %% ../nbs/14_tiny_base.ipynb #3e420bae
+# %% ../nbs/14_tiny_base.ipynb #717347e3
 def create_base(vae: AutoencoderKL, # trained, latents normalised
                 tokenizer: CLIPTokenizer, # of the captions
                 seed: int = 0, # of the initial weights
                 text_layers: int = 0, # of the text encoder
+                prediction: str = "v_prediction", # or epsilon
                 **denoiser, # settings of `create_denoiser`
                 ) -> Base: # autoencoder as given, the rest untrained
     "Put the parts of an untrained text-to-image model around a trained autoencoder."
     text_encoder = create_text_encoder(tokenizer, layers=text_layers, seed=seed)
     unet = create_denoiser(latent_channels=vae.config.latent_channels, seed=seed, text_width=text_encoder.config.hidden_size, **denoiser)
-    return Base(vae=vae, unet=unet, text_encoders=[text_encoder], tokenizers=[tokenizer], scheduler_config=dict(create_scheduler().config))
+    return Base(vae=vae, unet=unet, text_encoders=[text_encoder], tokenizers=[tokenizer], scheduler_config=dict(create_scheduler(prediction).config))
 
 # %% ../nbs/14_tiny_base.ipynb #5bd455a2
 def train_denoiser(base: Base, # from `create_base`; its denoiser and text encoder are trained in place
