@@ -283,13 +283,14 @@ def _check_fit(base):
     _chosen(base.prediction_type, ("epsilon", "v_prediction"), "prediction type", f"{base.reference}/scheduler")
     return base
 
-# %% ../nbs/09_base.ipynb #a6b0fb46
+# %% ../nbs/09_base.ipynb #55fc74da
 def load_base(
     reference: str | Path,              # a folder, or org/name@revision
-    device: str | torch.device = "cpu", # where to
+    device: str | torch.device = "cpu", # where to; "auto": a GPU where there is one
     precision: str = "fp32",            # of the denoiser: "auto", "fp32", "bf16", "fp16"; text encoders and autoencoder stay fp32
 ) -> Base:                              # ready to sample
     "Load a diffusers pipeline as parts. Raises SegsynError for a missing folder, wrong classes, incomplete weights."
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, folder = resolve_precision(precision, device), resolve_model(reference)
     index, classes = _read_index(folder)
     models = {part: _load_part(cls, folder, part).to(device) for part, cls in classes.items() if cls is not CLIPTokenizer}

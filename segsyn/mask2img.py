@@ -74,7 +74,7 @@ class Mask2ImgLoss(DiffusionLoss):
         added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]} if "pooled" in batch else None
         return model(noisy, timesteps, batch["hidden"], batch["colors"], added)
 
-# %% ../nbs/17_mask2img.ipynb #c8ac6a78
+# %% ../nbs/17_mask2img.ipynb #288c14fb
 def train_mask2img(
     base: Base,                 # stays as it is, bit for bit
     data: MaskImageData,        # captions, colour maps, pictures
@@ -92,7 +92,7 @@ def train_mask2img(
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(ControlledDenoiser(frozen, controlnet), data, Mask2ImgLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)
     use_explicit_attention(controlnet, False)
-    return controlnet.eval().requires_grad_(False), result
+    return controlnet.to(base.device).eval().requires_grad_(False), result
 
 # %% ../nbs/17_mask2img.ipynb #5aef2eed
 class Mask2ImgSettings(BaseModel):
@@ -198,7 +198,7 @@ def plan_imgsyn(
         requests.append(Request(key, source.caption, source.classes, derive_seed(seed, "sample", key, 0), source=source, run_seed=seed))
     return requests
 
-# %% ../nbs/17_mask2img.ipynb #3b397f98
+# %% ../nbs/17_mask2img.ipynb #62522a8b
 class MaskSyn(ChunkedMethod):
     "SegGen's MaskSyn: new masks for captions, and pictures for the new masks (section 3.3)."
     name = "masksyn"
@@ -219,7 +219,7 @@ class MaskSyn(ChunkedMethod):
 
     def fingerprint(self) -> dict:
         "Everything that decides the bytes of a sample, besides its request."
-        return {**self.images.fingerprint(), "method": self.name, "painter": self.painter.fingerprint, "paint": self.paint.model_dump(mode="json")}
+        return {**self.images.fingerprint(), "method": self.name, "painter": self.painter.fingerprint, "paint": self.paint.model_dump(mode="json", exclude={"chunk_size"})} # the drawing's counts for both
 
 # %% ../nbs/17_mask2img.ipynb #481aafa5
 def _paint_and_draw(self, requests):

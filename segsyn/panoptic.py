@@ -8,7 +8,7 @@ __all__ = ['MASK2FORMERS', 'TARGETS', 'check_instances', 'panoptic_counts', 'pan
            'load_mask2former', 'InstanceData', 'MixedInstances', 'mask2former_recipe', 'mask2former_loss',
            'train_mask2former', 'predict_semantic', 'predict_instances', 'predict_panoptic', 'evaluate_panoptic']
 
-# %% ../nbs/19_panoptic.ipynb #b327047a
+# %% ../nbs/19_panoptic.ipynb #07041ca4
 import contextlib, functools, hashlib, io
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedConfig, ResNetConfig, ResNetModel, SwinConfig, SwinModel
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.utils import logging as transformers_logging
 from .files import SegsynError, derive_seed, fingerprint, nearest_name, read_json
 from .labels import LabelSpace, check_mask, decode_colors, encode_mask
@@ -31,7 +31,7 @@ from .pictures import tile_images
 from .hub import load_pretrained, resolve_model
 from .base import resolve_precision
 from .training import TrainConfig, TrainResult, fit
-from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _data_fingerprint, _fixed_chunks, _same_classes, augment_pair
+from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _fixed_chunks, _same_classes, augment_pair
 
 # %% ../nbs/19_panoptic.ipynb #ed399250
 def check_instances(
@@ -510,14 +510,14 @@ def _panoptic(classes, masks, space, threshold, overlap):
         mask[here], instances[here] = class_id, k + 1 if space.things[class_id] else 0
     return mask, instances
 
-# %% ../nbs/19_panoptic.ipynb #0fb64b66
+# %% ../nbs/19_panoptic.ipynb #dbe2eaaf
 def predict_semantic(
     model: nn.Module,              # a Mask2Former
     images: Sequence[np.ndarray],  # uint8 (H,W,3), sizes may differ
     batch: int = 16,               # pictures a pass
     precision: str = "fp32",       # as in TrainConfig
 ) -> list[np.ndarray]:             # masks (H,W)
-    "The class of each pixel (Cheng et al., 2021, section 3.4)."
+    "The class of each pixel (MaskFormer, Cheng et al., 2021, section 3.4)."
     masks = [None] * len(images)
     for k, classes, logits in _answers(model, images, batch, precision): masks[k] = _semantic(classes, logits).cpu().numpy().astype(np.uint8 if classes.shape[1] <= 255 else np.uint16)
     return masks
@@ -535,7 +535,7 @@ def predict_instances(
     for k, classes, logits in _answers(model, images, batch, precision): found[k] = _instances(classes, logits, torch.tensor(space.things, device=classes.device), threshold)
     return found
 
-# %% ../nbs/19_panoptic.ipynb #bee04c60
+# %% ../nbs/19_panoptic.ipynb #1de9ed18
 def predict_panoptic(
     model: nn.Module,              # a Mask2Former
     images: Sequence[np.ndarray],  # uint8 (H,W,3), sizes may differ
@@ -545,7 +545,7 @@ def predict_panoptic(
     batch: int = 16,               # pictures a pass
     precision: str = "fp32",       # as in TrainConfig
 ) -> list[tuple[np.ndarray, np.ndarray]]: # mask (H,W), the ignore id where no segment is, and instance numbers uint16 (H,W)
-    "Segments that do not overlap (Cheng et al., 2021, section 3.4)."
+    "Segments that do not overlap (MaskFormer, Cheng et al., 2021, section 3.4)."
     found, space = [None] * len(images), _space_of(model, space)
     for k, classes, logits in _answers(model, images, batch, precision): found[k] = _panoptic(classes, logits, space, threshold, overlap)
     return found

@@ -248,10 +248,11 @@ class Uvit(Section):
     clip_batch_size: PositiveInt
     clip_learning_rate: PositiveFloat
 
-# %% ../nbs/21_run.ipynb #fe9583c9
+# %% ../nbs/21_run.ipynb #d76bfb0f
 class Study(Section):
     "One variant of the denoiser's recipe, briefly trained; the variants are stages of training/dvc.yaml."
-    name: str = "as shipped"
+    name: str = "as-shipped"
+    luck: NonNegativeInt = 0
     channels: list[PositiveInt] = [64, 176]
     heads: list[PositiveInt] = [4, 4]
     text_layers: NonNegativeInt = 0

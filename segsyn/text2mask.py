@@ -6,7 +6,7 @@
 __all__ = ['ColorMapData', 'train_text2mask', 'Text2MaskSettings', 'paint_masks', 'map_doubt', 'save_text2mask', 'load_text2mask',
            'check_labels', 'Text2Mask', 'clear_enough', 'nearest_masks', 'class_agreement']
 
-# %% ../nbs/16_text2mask.ipynb #96f32ee5
+# %% ../nbs/16_text2mask.ipynb #6c1956d8
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .files import SegsynError, atomic_folder, derive_seed, fingerprint
 from .labels import LabelSpace, color_distance, decode_colors, encode_mask
 from .prompts import build_prompt
 from .quality import near_border
-from .synthesis import ChunkedMethod, Request, method_settings
+from .synthesis import ChunkedMethod, method_settings
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/16_text2mask.ipynb #310c87f4
@@ -74,7 +74,7 @@ ColorMapData._latent, ColorMapData._drawn, ColorMapData.__getitems__ = _color_la
 ColorMapData._picture = lambda self, sample: encode_mask(sample.mask, self.space) # what the denoiser learns to draw
 ColorMapData.__getitem__ = lambda self, item: {k: v[0] for k, v in self.__getitems__([item]).items()}
 
-# %% ../nbs/16_text2mask.ipynb #04faf727
+# %% ../nbs/16_text2mask.ipynb #4b8c9d3b
 def train_text2mask(
     base: Base,                 # a text-to-image base; not changed
     data: ColorMapData,         # captions with colour maps
@@ -93,7 +93,7 @@ def train_text2mask(
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(painter.unet, data, DiffusionLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)
     if on_cpu: use_explicit_attention(painter.unet, False)
-    painter.unet.eval().requires_grad_(False)
+    painter.unet.to(base.device).eval().requires_grad_(False)
     return painter, result
 
 # %% ../nbs/16_text2mask.ipynb #ffa7bc96
@@ -108,7 +108,7 @@ class Text2MaskSettings(BaseModel):
     margin: float = Field(10.0, ge=0)        # RGB distance; a pixel whose second nearest colour is less than this farther than the nearest is ignored
     chunk_size: int = Field(16, ge=1)        # maps painted at once; part of what decides the last bits
 
-# %% ../nbs/16_text2mask.ipynb #4498d587
+# %% ../nbs/16_text2mask.ipynb #144e317f
 def paint_masks(
     painter: Base,            # from train_text2mask
     space: LabelSpace,        # colours and classes
@@ -124,9 +124,10 @@ def paint_masks(
     return colors, masks, scores
 
 def _read_colors(colors, space, margin):
-    "Masks by nearest colour, and the pixels that are too close to the middle between two."
+    "Masks by nearest colour, and the pixels that cannot be read: too close to the middle between two colours, or in no class's colour. The colour of ignored pixels counts as read."
     masks = decode_colors(colors, space, margin)
-    return masks, (masks == space.ignore_id) & (decode_colors(colors, space) != space.ignore_id)
+    void = np.linalg.norm(colors - np.float32(space.void_color), axis=-1) <= color_distance(colors, space) + 1e-3
+    return masks, (masks == space.ignore_id) & ~void
 
 def map_doubt(
     colors: Sequence[np.ndarray], # colour maps, uint8 (H, W, 3), painted or decoded
@@ -193,7 +194,7 @@ class Text2Mask(ChunkedMethod):
         "Everything that decides the bytes of a sample, besides its request."
         return {"method": self.name, "base": self.painter.fingerprint, "precision": str(self.painter.dtype), "labels": self.space.fingerprint(), "settings": self.settings.model_dump(mode="json")}
 
-# %% ../nbs/16_text2mask.ipynb #9965ea34
+# %% ../nbs/16_text2mask.ipynb #0b6d6534
 def _paint_chunk(self, requests):
     prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.painter.tokenizers).text for r in requests]
     made = paint_masks(self.painter, self.space, prompts, [r.seed for r in requests], self.settings)
@@ -210,7 +211,8 @@ def clear_enough(
     sample: Sample,        # with a painted mask
     largest_doubt: float,  # share of pixels, 0..1
 ) -> bool | str:           # True, or why not
-    "Refuses painted masks of which too many pixels are in doubt; `partial(clear_enough, largest_doubt=...)` is the `accept` of `synthesise`."
+    "Refuses painted masks without an object, or with too many pixels in doubt; `partial(clear_enough, largest_doubt=...)` is the `accept` of `synthesise`."
+    if not sample.classes: return "no object"
     return sample.scores["doubt"] <= largest_doubt or "too many doubtful pixels"
 
 # %% ../nbs/16_text2mask.ipynb #c464cd4a

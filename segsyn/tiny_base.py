@@ -152,17 +152,17 @@ def normalise_latents(vae: AutoencoderKL, # its config gets the factor
     vae.register_to_config(scaling_factor=factor)
     return latents * factor
 
-# %% ../nbs/14_tiny_base.ipynb #a8763716
+# %% ../nbs/14_tiny_base.ipynb #31974c5e
 STYLE_WEIGHTS = {"caption+labels": 4, "caption": 2, "labels": 2, "simple": 1, "simple+labels": 1} # how often each prompt style is shown, out of 10
 
 def caption_tokens(captions: list[tuple[str, tuple[str, ...]]], # (caption, class names)
                    tokenizer: CLIPTokenizer, # of the base
-                   ) -> np.ndarray: # int16 (N, styles, length)
+                   ) -> np.ndarray: # int32 (N, styles, length)
     "Token ids of every caption in every style of `STYLE_WEIGHTS`."
     unique = {pair: k for k, pair in enumerate(dict.fromkeys(captions))} # a third of the corpus: many scenes share their words
     texts = [build_prompt(text, classes, style, tokenizer).text for text, classes in unique for style in STYLE_WEIGHTS]
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np").input_ids
-    return ids.astype(np.int16).reshape(len(unique), len(STYLE_WEIGHTS), -1)[[unique[pair] for pair in captions]]
+    return ids.astype(np.int32).reshape(len(unique), len(STYLE_WEIGHTS), -1)[[unique[pair] for pair in captions]]
 
 # %% ../nbs/14_tiny_base.ipynb #2d32700e
 def create_text_encoder(tokenizer: CLIPTokenizer, # gives the vocabulary and the length
@@ -286,7 +286,7 @@ def create_base(vae: AutoencoderKL, # trained, latents normalised
     unet = create_denoiser(latent_channels=vae.config.latent_channels, seed=seed, text_width=text_encoder.config.hidden_size, **denoiser)
     return Base(vae=vae, unet=unet, text_encoders=[text_encoder], tokenizers=[tokenizer], scheduler_config=dict(create_scheduler(prediction).config))
 
-# %% ../nbs/14_tiny_base.ipynb #5bd455a2
+# %% ../nbs/14_tiny_base.ipynb #5d64f6a5
 def train_denoiser(base: Base, # from `create_base`; its denoiser and text encoder are trained in place
                    data: LatentData, # cached latents and token ids
                    config: TrainConfig, # of the loop
@@ -301,7 +301,7 @@ def train_denoiser(base: Base, # from `create_base`; its denoiser and text encod
     seeds = [derive_seed(config.seed, "validation", k) for k in range(len(prompts))]
 
     def validate(model, step, folder):
-        base.unet.eval(); base._cache.clear()
+        base.unet.eval(); base.vae.to(base.device); base._cache.clear()
         images = sample_images(base, prompts, seeds)
         base.unet.train(); base._cache.clear()
         Image.fromarray(tile_images(list(images), len(CLASSES) - 1)).save(Path(folder) / f"samples-{step:06d}.png")

@@ -10,8 +10,8 @@ __all__ = ['UNUSED_BY_DIFFUSERS', 'UNIDIFFUSER_V1', 'time_waves', 'SelfAttention
            'UViTBase', 'create_uvit', 'create_uvit_base', 'save_uvit_base', 'load_uvit_base', 'MultimodalData',
            'MultimodalLoss', 'sample_modalities', 'sample_uvit', 'train_uvit']
 
-# %% ../nbs/18_uvit.ipynb #43984814
-import copy, functools, math
+# %% ../nbs/18_uvit.ipynb #9b26d7a0
+import copy, functools, hashlib, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         else: mixed = F.scaled_dot_product_attention(q, k, v)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-# %% ../nbs/18_uvit.ipynb #a8993c17
+# %% ../nbs/18_uvit.ipynb #813a8006
 class Block(nn.Module):
     "A transformer block, with a long skip connection if it is in the second half (U-ViT, Bao et al. 2022)."
     def __init__(self, width: int, heads: int, mlp_ratio: int, norm: str, long_skip: bool):
@@ -213,7 +213,7 @@ def _uvit_explicit(self, explicit: bool = True) -> "UViT":
 
 UViT.forward, UViT._sequence, UViT._run, UViT.use_explicit_attention = _uvit_forward, _uvit_sequence, _uvit_run, _uvit_explicit
 
-# %% ../nbs/18_uvit.ipynb #ffa88948
+# %% ../nbs/18_uvit.ipynb #33fb55c7
 def grow_uvit(
     model: UViT,          # as trained
     name: str = "label",  # of the new modality
@@ -326,7 +326,7 @@ def load_unidiffuser(
     model = UViT(**unidiffuser_config(read_json(folder/"config.json")))
     return load_unidiffuser_weights(model, {k: v for file in files for k, v in load_file(file).items()}).eval()
 
-# %% ../nbs/18_uvit.ipynb #45fdb434
+# %% ../nbs/18_uvit.ipynb #ddc14ee8
 def create_clip(
     tokenizer: CLIPTokenizer, # of the base: vocabulary and length
     size: int = 64,           # image side, pixels
@@ -337,14 +337,15 @@ def create_clip(
     seed: int = 0,            # of the initial weights
 ) -> CLIPModel:
     "A small CLIP with random weights."
-    torch.manual_seed(derive_seed(seed, "clip"))
     shared = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=4, projection_dim=projection)
     text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, num_hidden_layers=2, bos_token_id=tokenizer.bos_token_id,
                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **shared)
     vision = CLIPVisionConfig(image_size=size, patch_size=patch, num_hidden_layers=layers, **shared)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "clip"))
+        return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection))
 
-# %% ../nbs/18_uvit.ipynb #32731c2e
+# %% ../nbs/18_uvit.ipynb #59d38581
 class CaptionedImages:
     "Pictures and token ids of their captions by `(index, seed)`, mirrored at random."
     def __init__(self,
@@ -360,6 +361,10 @@ class CaptionedImages:
         image = np.array(self.images[item[0]])
         if derive_seed(item[1], "flip") % 2: image = image[:, ::-1].copy()
         return {"pixels": torch.from_numpy(image).permute(2, 0, 1).float()/127.5 - 1, "token_ids": self.tokens[item[0]]}
+
+    def fingerprint(self) -> str: return _content(self.images, self.tokens)
+
+def _content(*arrays): return fingerprint([hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays])
 
 # %% ../nbs/18_uvit.ipynb #4cbd97f1
 def contrastive_loss(
@@ -393,7 +398,7 @@ def clip_features(
         found.append(clip.get_image_features(pixel_values=scaled).pooler_output.float().cpu())
     return torch.cat(found)
 
-# %% ../nbs/18_uvit.ipynb #b30e7c3f
+# %% ../nbs/18_uvit.ipynb #6a06cb13
 def train_clip(
     images: np.ndarray,        # uint8 (N,H,W,3), the corpus
     tokens: np.ndarray,        # integers (N,T), the captions alone
@@ -406,7 +411,8 @@ def train_clip(
 ) -> tuple[CLIPModel, TrainResult]: # trained and frozen, and the history
     "Train a small CLIP on pictures and captions."
     model = create_clip(tokenizer, images.shape[1], seed=config.seed, **sizes)
-    result = fit(model, CaptionedImages(images, tokens), contrastive_loss, config, folder, facts={**(facts or {}), **sizes}, progress=progress)
+    data = CaptionedImages(images, tokens)
+    result = fit(model, data, contrastive_loss, config, folder, facts={**(facts or {}), **sizes, "data": data.fingerprint()}, progress=progress)
     return result.model.requires_grad_(False), result
 
 # %% ../nbs/18_uvit.ipynb #a0d3c0a6
@@ -522,7 +528,7 @@ def _encode_clip(self, images: np.ndarray) -> Tensor:
 
 UViTBase.encode_tokens, UViTBase.encode_text, UViTBase.encode_clip = _encode_tokens, _encode_text, _encode_clip
 
-# %% ../nbs/18_uvit.ipynb #3749a01d
+# %% ../nbs/18_uvit.ipynb #30bf338a
 def create_uvit(
     vae: AutoencoderKL,         # trained; gives channels
     size: int = 16,             # cells a side of its latents
@@ -536,9 +542,10 @@ def create_uvit(
     seed: int = 0,              # of the initial weights
 ) -> UViT:
     "A small transformer for an autoencoder's latents, with random weights; image and CLIP vector share a clock."
-    torch.manual_seed(derive_seed(seed, "uvit"))
     inputs = [vector_modality("text", text_shape[1], text_shape[0], "text"), vector_modality("clip", clip_width, 1, "image"), patch_modality("image", vae.config.latent_channels, size, patch)]
-    return UViT(inputs, width=width, depth=depth, heads=heads, norms=norms)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "uvit"))
+        return UViT(inputs, width=width, depth=depth, heads=heads, norms=norms)
 
 def create_uvit_base(
     base: Base,              # autoencoder, tokenizer, text encoder: taken as they are
@@ -595,7 +602,7 @@ def load_uvit_base(
     if torch.device(device).type != "cpu": base.uvit.to(base.dtype)
     return base
 
-# %% ../nbs/18_uvit.ipynb #a68cbbd4
+# %% ../nbs/18_uvit.ipynb #9c4d806b
 class MultimodalData(LatentData):
     "Cached image latents and CLIP codes with the text codes of one wording, by `(index, seed)`."
     def __init__(self,
@@ -613,7 +620,9 @@ class MultimodalData(LatentData):
         batch = super().__getitems__(items)
         return {"image": batch["latents"], "text": self.encode_tokens(batch["token_ids"]), "clip": self.clip[[i for i, _ in items]]}
 
-# %% ../nbs/18_uvit.ipynb #72d535c5
+    def fingerprint(self) -> str: return _content(self.latents, self.tokens, self.clip)
+
+# %% ../nbs/18_uvit.ipynb #0826f2bb
 class MultimodalLoss:
     "loss(model, batch, generator): the error of every modality at independent times (UniDiffuser, Bao et al. 2023, section 3.1)."
     def __init__(self,
@@ -690,7 +699,7 @@ def _answer(base, values, times):
     with torch.autocast(base.device.type, base.dtype if half else None, enabled=half): out = base.uvit({n: v.to(base.uvit.dtype) for n, v in values.items()}, times)
     return {n: v.float() for n, v in out.items()}
 
-# %% ../nbs/18_uvit.ipynb #4234c201
+# %% ../nbs/18_uvit.ipynb #df8f836e
 @torch.no_grad()
 def sample_modalities(
     base: UViTBase,               # the base
@@ -737,7 +746,7 @@ def sample_uvit(
         images.append(decode_latents(base.parts, drawn["image"])[:count])
     return np.concatenate(images)
 
-# %% ../nbs/18_uvit.ipynb #8e8cd4f0
+# %% ../nbs/18_uvit.ipynb #40b3d083
 def train_uvit(
     base: UViTBase,            # from `create_uvit_base`; its transformer is trained in place
     data: MultimodalData,      # cached latents, captions, CLIP codes
@@ -762,6 +771,6 @@ def train_uvit(
 
     base.uvit.requires_grad_(True).use_explicit_attention(on_cpu)
     result = fit(base.uvit, data, loss, config, folder, validate=validate, progress=progress,
-                 facts={**(facts or {}), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, "inputs": base.uvit.config.inputs, "norms": base.uvit.config.norms})
+                 facts={**(facts or {}), "data": data.fingerprint(), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, "inputs": base.uvit.config.inputs, "norms": base.uvit.config.norms})
     base.uvit.eval().requires_grad_(False).use_explicit_attention(False)
     return result
