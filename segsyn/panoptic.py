@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MASK2FORMERS', 'TARGETS', 'check_instances', 'panoptic_counts', 'panoptic_quality', 'bootstrap_panoptic',
            'instance_ap', 'shade_space', 'encode_instances', 'decode_instances', 'create_mask2former',
-           'load_mask2former', 'InstanceData', 'MixedInstances', 'mask2former_recipe', 'mask2former_loss',
-           'train_mask2former', 'predict_semantic', 'predict_instances', 'predict_panoptic', 'evaluate_panoptic']
+           'load_mask2former', 'InstanceData', 'MixedInstances', 'mask2former_recipe', 'train_mask2former',
+           'predict_semantic', 'predict_instances', 'predict_panoptic', 'evaluate_panoptic']
 
 # %% ../nbs/19_panoptic.ipynb #07041ca4
 import contextlib, functools, hashlib, io
@@ -31,7 +31,7 @@ from .pictures import tile_images
 from .hub import load_pretrained, resolve_model
 from .base import resolve_precision
 from .training import TrainConfig, TrainResult, fit
-from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _fixed_chunks, _same_classes, augment_pair
+from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _fixed_chunks, _same_classes, augment_pair, segmenter_loss
 
 # %% ../nbs/19_panoptic.ipynb #ed399250
 def check_instances(
@@ -447,10 +447,6 @@ def mask2former_recipe(
     "How the tiny Mask2Former is trained. The paper's, for pretrained backbones: learning rate 1e-4, weight decay 0.05, batches of 16, gradient norm 0.01, 50 epochs of COCO."
     return TrainConfig(**{**dict(steps=1200, batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup_steps=50, schedule="poly", precision="auto", max_gradient_norm=1.0, checkpoint_every=400, log_every=50), **changes})
 
-def mask2former_loss(model, batch, generator):
-    "The caller's part of `fit`."
-    return model(**batch).loss
-
 def train_mask2former(
     model: nn.Module,              # from create_mask2former or load_mask2former
     data,                          # InstanceData or MixedInstances
@@ -464,7 +460,7 @@ def train_mask2former(
     _fits(model, data.space)
     known = {"data": data.fingerprint(), "model": model.config.to_diff_dict(), **(facts or {})}
     look = None if validation is None else (lambda model, step, folder: _look(model, step, folder, validation, data.space))
-    return fit(model, data, mask2former_loss, config or mask2former_recipe(), folder, validate=look, facts=known, progress=progress)
+    return fit(model, data, segmenter_loss, config or mask2former_recipe(), folder, validate=look, facts=known, progress=progress)
 
 # %% ../nbs/19_panoptic.ipynb #af17adfb
 @torch.no_grad()

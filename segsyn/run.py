@@ -98,14 +98,17 @@ class Attention(Section):
     workers: PositiveInt
 
 # %% ../nbs/21_run.ipynb #17945e3e
-class _SegGenModel(Section):
-    "One of SegGen's two fine-tunings, and the samples that measure it."
-    style: Literal["simple", "caption", "labels", "simple+labels", "caption+labels"]
+class _Fit(Section):
+    "What every training of a generator has."
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt
     ema_decay: Share | None
+
+class _SegGenModel(_Fit):
+    "One of SegGen's two fine-tunings, and the samples that measure it."
+    style: Literal["simple", "caption", "labels", "simple+labels", "caption+labels"]
     caption_dropout: Share
     samples: PositiveInt
     sampler: Literal["ddpm", "ddim", "dpm++", "euler-edm"]
@@ -185,27 +188,17 @@ class Corpus(Section):
     size: PositiveInt
     count: PositiveInt
 
-class Autoencoder(Section):
+class Autoencoder(_Fit):
     "The tiny base's autoencoder."
     channels: list[PositiveInt]
     flat_share: Share
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt
-    ema_decay: Share | None
 
-class Denoiser(Section):
+class Denoiser(_Fit):
     "The tiny base's denoiser and text encoder."
     channels: list[PositiveInt]
     heads: list[PositiveInt]
     vocabulary: PositiveInt
     length: PositiveInt
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt
-    ema_decay: Share | None
     min_snr_gamma: PositiveFloat | None
     caption_dropout: Share
 
@@ -227,18 +220,13 @@ class Speed(Section):
     guidance: Annotated[float, Field(ge=0)]
 
 # %% ../nbs/21_run.ipynb #54dda452
-class Uvit(Section):
+class Uvit(_Fit):
     "The transformer base and its small CLIP."
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
     norms: Literal["pre", "post"]
     code_width: PositiveInt
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt
-    ema_decay: Share | None
     min_snr_gamma: PositiveFloat | None
     text_weight: Annotated[float, Field(ge=0)]
     clip_weight: Annotated[float, Field(ge=0)]
@@ -249,7 +237,7 @@ class Uvit(Section):
     clip_learning_rate: PositiveFloat
 
 # %% ../nbs/21_run.ipynb #d76bfb0f
-class Study(Section):
+class Study(_Fit):
     "One variant of the denoiser's recipe, briefly trained; the variants are stages of training/dvc.yaml."
     name: str = "as-shipped"
     luck: NonNegativeInt = 0
@@ -260,11 +248,6 @@ class Study(Section):
     pictures: PositiveInt = 40000
     plain_captions: bool = False
     min_snr_gamma: PositiveFloat | None = 5.0
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt
-    ema_decay: Share | None
     caption_dropout: Share
     vocabulary: PositiveInt
     length: PositiveInt

@@ -17,12 +17,7 @@ TEXTS = ["a photo of a bird and two flowers", "a photo of three fish and a tree"
 TINY = {**UNIDIFFUSER_V1, **dict(text_dim=6, clip_img_dim=5, num_text_tokens=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=4)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
