@@ -69,7 +69,7 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 def _has_bf16(device):
     if device == "cuda": return torch.cuda.is_bf16_supported()
-    return device == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return device == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 def resolve_precision(
     precision: str = "auto",              # "auto", "fp32", "bf16" or "fp16"
