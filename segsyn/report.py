@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PAPER_MASKS', 'PAPER_TAU', 'PAPER_SOURCE', 'VARIANTS', 'CLAIMS', 'Score', 'Run', 'Recipe', 'MaskStudy', 'Metrics',
            'load_metrics', 'segment_numbers', 'format_score', 'describe_runs', 'segment_table', 'to_markdown',
-           'class_numbers', 'class_table', 'recipe_figure', 'mask_table', 'tau_figure', 'compare_recipes', 'Claim',
-           'find_result', 'judge_difference', 'judge_claim', 'claim_table', 'choose_extremes', 'gallery_figure',
-           'write_tables', 'write_figures', 'results_summary', 'notebook_list', 'render_readme', 'main']
+           'class_numbers', 'class_table', 'recipe_figure', 'mask_table', 'tau_figure', 'pair_numbers', 'pair_table',
+           'compare_recipes', 'Claim', 'find_result', 'judge_difference', 'judge_claim', 'claim_table',
+           'choose_extremes', 'gallery_figure', 'write_tables', 'write_figures', 'results_summary', 'notebook_list',
+           'render_readme', 'main']
 
 # %% ../nbs/24_report.ipynb #4ad4a216
 import math
@@ -82,7 +83,7 @@ class Metrics:
     masks: MaskStudy           # empty where nothing was measured
     differences: dict = field(default_factory=dict) # split -> recipe -> other recipe -> difference, low, high
 
-_first_recipes = ("real", "copy-paste", "attention", "real+attention") # reading order; others follow by name, the ceiling last
+_first_recipes = ("real", "copy-paste", "attention", "jodiffusion", "real+attention") # reading order; others follow by name, the ceiling last
 
 def _place(name): return (1, _first_recipes.index(name), name) if name in _first_recipes else (3 if name == "ceiling" else 2, 0, name)
 
@@ -246,6 +247,30 @@ def tau_figure(
     plt.close(figure)
     return figure
 
+# %% ../nbs/24_report.ipynb #3262dcc5
+_pair_files = {"attention": "Dataset Diffusion", "imgsyn": "SegGen, ImgSyn", "masksyn": "SegGen, MaskSyn", "jodiffusion": "JoDiffusion"} # dataset -> method
+
+def pair_numbers(
+    folder: str | Path, # holds attention.json, masks.json, seggen.json, jodiffusion.json, as far as they are there
+) -> pd.DataFrame:      # dataset, method, samples, agreement (fraction), foreground and ignored shares, operations of one pair
+    "What was measured on the pairs of each synthetic dataset. Raises SegsynError, naming the file, for JSON that cannot be read."
+    found = {name: read_json(Path(folder)/f"{name}.json") for name in ("attention", "masks", "seggen", "jodiffusion") if (Path(folder)/f"{name}.json").exists()}
+    own, rows = {**found.get("seggen", {}), **{name: found[name] for name in ("attention", "jodiffusion") if name in found}}, []
+    if "attention" in own:
+        agreement = found.get("masks", {}).get("oracle_on_generated", {}).get("uncertainty", {}).get("miou")
+        own["attention"] = {"samples": own["attention"]["images"], "oracle_miou": agreement, "operations": own["attention"].get("operations"), **{k: own["attention"].get(f"mean {k}") for k in ("foreground", "ignored")}}
+    for name, method in _pair_files.items():
+        if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}})
+    return pd.DataFrame(rows, columns=["dataset", "method", "samples", "agreement", "foreground", "ignored", "operations"])
+
+def pair_table(
+    folder: str | Path, # as for pair_numbers
+) -> pd.DataFrame:      # text
+    "One row a synthetic dataset."
+    share = lambda value: "–" if value is None or value != value else _percent(value)
+    return pd.DataFrame([{"pairs of": r.method, "pairs": f"{r.samples:,}", "the oracle's mIoU against their masks": share(r.agreement), "foreground (%)": share(r.foreground), "ignored (%)": share(r.ignored),
+                          "10⁹ operations a pair": "–" if r.operations is None or r.operations != r.operations else f"{r.operations/1e9:,.0f}"} for r in pair_numbers(folder).itertuples()])
+
 # %% ../nbs/24_report.ipynb #58fe3faa
 def compare_recipes(
     tables: Mapping[str, Mapping[str, np.ndarray]], # recipe -> "SPLIT SEED" -> one table a scene, (N,K,K)
@@ -316,6 +341,10 @@ CLAIMS = (
     Claim("SegGen: both are better than ImgSyn", "49.3 → 49.9 (table 5)", "segment/real+masksyn+imgsyn/val-A", "segment/real+imgsyn/val-A"),
     *(Claim(f"SegGen: both, added to real data, are better than real data alone ({split})", paper, f"segment/real+masksyn+imgsyn/{split}", f"segment/real/{split}")
       for split, paper in zip(_known_splits, ("47.2 → 49.9 (table 5)", "not measured", "pictures of other domains only (figure 1)"))),
+    Claim("JoDiffusion: synthetic data alone are better than Dataset Diffusion's", "61.6 → 72.5 (table 2, VOC val, R50)", "segment/jodiffusion/val-A", "segment/attention/val-A"),
+    *(Claim(f"JoDiffusion: added to real data, better than real data alone ({split})", paper, f"segment/real+jodiffusion/{split}", f"segment/real/{split}")
+      for split, paper in zip(_known_splits, ("77.4 → 78.3 (table 3, VOC val, R50)", "not measured", "not measured"))),
+    Claim("JoDiffusion: added to real data, better than pictures for human masks (ImgSyn)", "48.2 → 48.4 (table 3, ADE20K, against FreeMask)", "segment/real+jodiffusion/val-A", "segment/real+imgsyn/val-A"),
 )
 
 def claim_table(
@@ -354,8 +383,9 @@ def _write_table(folder, name, table, numbers=None):
 
 def write_tables(
     metrics: Metrics,                 # what was measured
-    folder: str | Path,               # receives segment, classes-SPLIT, masks, claims, each as .md and .csv
+    folder: str | Path,               # receives segment, classes-SPLIT, masks, pairs, claims, each as .md and .csv
     claims: Sequence[Claim] = CLAIMS, # orderings
+    pairs: str | Path | None = None,  # folder of the metrics files, for the table of pairs
 ) -> list[Path]:                      # the CSV files
     "Write every table as markdown and CSV."
     folder, written = Path(folder), []
@@ -364,6 +394,7 @@ def write_tables(
         per_class = class_numbers(metrics)
         for split in _split_order(per_class.split): written.append(_write_table(folder, f"classes-{split}", class_table(metrics, split), per_class[per_class.split == split]))
     if metrics.masks != MaskStudy(): written.append(_write_table(folder, "masks", mask_table(metrics)))
+    if pairs is not None: written.append(_write_table(folder, "pairs", pair_table(pairs), pair_numbers(pairs)))
     return [*written, _write_table(folder, "claims", claim_table(metrics, claims))]
 
 def write_figures(
@@ -381,8 +412,8 @@ def write_figures(
 def results_summary(
     folder: str | Path, # results/report, written by write_tables
 ) -> str:               # markdown
-    "The table of recipes and the table of claims, as the report stage left them. Raises SegsynError where they are missing."
-    tables = [Path(folder)/f"{name}.md" for name in ("segment", "claims")]
+    "The tables of recipes, of pairs and of claims, as the report stage left them. Raises SegsynError where they are missing."
+    tables = [Path(folder)/f"{name}.md" for name in ("segment", "pairs", "claims")]
     for table in tables:
         if not table.is_file(): raise SegsynError("A table of the report is missing.", where=table, fix="Run the pipeline: dvc repro.")
     return "\n\n".join(table.read_text().strip() for table in tables)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Share', 'Layers', 'SCHEMAS', 'read_yaml', 'Section', 'BaseSection', 'Prepare', 'Attention', 'Text2Mask', 'Mask2Img',
-           'SegGen', 'Oracle', 'Masks', 'Segment', 'Report', 'Sweeps', 'Corpus', 'Autoencoder', 'Denoiser', 'Measure',
-           'Speed', 'Uvit', 'Study', 'check_section', 'merge_params', 'read_params', 'read_setting', 'read_notebook',
-           'notebook_parameters', 'match_parameters', 'normalise_notebook', 'StageError', 'stage_values', 'run_stage',
-           'imported_modules', 'stage_modules', 'copy_project', 'run_profile', 'main']
+           'SegGen', 'LabelVae', 'Joint', 'JoDiffusion', 'Oracle', 'Masks', 'Segment', 'Report', 'Sweeps', 'Corpus',
+           'Autoencoder', 'Denoiser', 'MeasureUvit', 'Measure', 'Speed', 'Uvit', 'Study', 'check_section',
+           'merge_params', 'read_params', 'read_setting', 'read_notebook', 'notebook_parameters', 'match_parameters',
+           'normalise_notebook', 'StageError', 'stage_values', 'run_stage', 'imported_modules', 'stage_modules',
+           'copy_project', 'run_profile', 'main']
 
 # %% ../nbs/25_run.ipynb #f5175f39
 import argparse, ast, os, re, shutil, signal, subprocess, sys, tempfile, time
@@ -106,14 +107,17 @@ class _Fit(Section):
     warmup_steps: NonNegativeInt
     ema_decay: Share | None
 
-class _SegGenModel(_Fit):
-    "One of SegGen's two fine-tunings, and the samples that measure it."
+class _Generator(_Fit):
+    "A fine-tuning of a generator, and the samples that measure it."
     style: Literal["simple", "caption", "labels", "simple+labels", "caption+labels"]
-    caption_dropout: Share
     samples: PositiveInt
     sampler: Literal["ddpm", "ddim", "dpm++", "euler-edm"]
     guidance: Annotated[float, Field(ge=0)]
     chunk_size: PositiveInt
+
+class _SegGenModel(_Generator):
+    "One of SegGen's two fine-tunings."
+    caption_dropout: Share
 
 class Text2Mask(_SegGenModel):
     "SegGen: captions to colour maps."
@@ -137,6 +141,37 @@ class SegGen(Section):
     margin: Annotated[float, Field(ge=0)]
     largest_doubt: Share
     retries: NonNegativeInt
+    chunk_size: PositiveInt
+    quotas: str | dict[str, float] | None
+    workers: PositiveInt
+
+# %% ../nbs/25_run.ipynb #5d9dc1e2
+class LabelVae(_Fit):
+    "JoDiffusion: masks to latents."
+    channels: list[PositiveInt] | None
+    noise: Annotated[float, Field(ge=0)]
+
+class Joint(_Generator):
+    "JoDiffusion: the joint model of pictures and masks."
+    transformer: str
+    label_weight: Annotated[float, Field(ge=0)]
+    text_weight: Annotated[float, Field(ge=0)]
+    clip_weight: Annotated[float, Field(ge=0)]
+    noise: Literal["independent", "shared"]
+    clean_text: Share
+    lora_rank: PositiveInt | None
+    sampling_steps: PositiveInt
+    thresholds: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
+
+class JoDiffusion(Section):
+    "JoDiffusion's dataset."
+    count: PositiveInt
+    steps: PositiveInt
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler-edm"]
+    guidance: Annotated[float, Field(ge=0)]
+    style: Literal["simple", "caption", "labels", "simple+labels", "caption+labels"]
+    confidence: Share
+    refine: Annotated[float, Field(ge=0)]
     chunk_size: PositiveInt
     quotas: str | dict[str, float] | None
     workers: PositiveInt
@@ -203,14 +238,17 @@ class Denoiser(_Fit):
     caption_dropout: Share
 
 # %% ../nbs/25_run.ipynb #b6dd3859
-class Measure(Section):
-    "What the tiny base can do."
+class MeasureUvit(Section):
+    "What the transformer base can do."
     scenes: PositiveInt
-    judge_scenes: PositiveInt
-    judge_steps: PositiveInt
     samples: PositiveInt
     steps: PositiveInt
     guidance: Annotated[float, Field(ge=0)]
+
+class Measure(MeasureUvit):
+    "What the tiny base can do."
+    judge_scenes: PositiveInt
+    judge_steps: PositiveInt
 
 class Speed(Section):
     "How fast the tiny base trains and draws."
@@ -222,6 +260,7 @@ class Speed(Section):
 # %% ../nbs/25_run.ipynb #54dda452
 class Uvit(_Fit):
     "The transformer base and its small CLIP."
+    start: str | None
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
@@ -261,9 +300,9 @@ class Layers(Section):
     thresholds: list[Share]
     taus: list[PositiveInt]
 
-SCHEMAS = dict(base=BaseSection, prepare=Prepare, oracle=Oracle, attention=Attention, masks=Masks, text2mask=Text2Mask, mask2img=Mask2Img, seggen=SegGen, segment=Segment, report=Report, sweeps=Sweeps,
+SCHEMAS = dict(base=BaseSection, prepare=Prepare, oracle=Oracle, attention=Attention, masks=Masks, text2mask=Text2Mask, mask2img=Mask2Img, seggen=SegGen, label_vae=LabelVae, joint=Joint, jodiffusion=JoDiffusion, segment=Segment, report=Report, sweeps=Sweeps,
                corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed,
-               layers=Layers, uvit=Uvit, study=Study)
+               layers=Layers, uvit=Uvit, measure_uvit=MeasureUvit, study=Study)
 
 # %% ../nbs/25_run.ipynb #31b280b0
 def _mistake(error, place, section, keys):
@@ -503,14 +542,20 @@ def imported_modules(
             found |= {f"segsyn.{a.name}" for a in node.names} if module == "segsyn" else {module}
     return {name.split(".")[1] for name in found if name.startswith("segsyn.")}
 
+def _named_methods(source):
+    "Modules of the methods that `load_method` gets by name."
+    if "load_method" not in source: return set()
+    from segsyn.synthesis import METHODS # a second of imports that a run does not need
+    return {target.split(":")[0].split(".")[1] for name, target in METHODS.items() if re.search(rf"""load_method[(,]\s*["']{name}["']""", source)}
+
 def stage_modules(
     notebook: str | Path,           # a stage notebook
     root: str | Path | None = None, # the project
 ) -> list[str]:                     # "segsyn/NAME.py", sorted
-    "Every file of segsyn that a notebook imports, directly or through others."
+    "Every file of segsyn that a notebook imports, directly or through others, or through a method that it loads by name."
     root = Path(root or find_root())
-    cells = read_notebook(root/notebook).cells
-    waiting, seen = imported_modules("\n".join(c.source for c in cells if c.cell_type == "code")), set()
+    source = "\n".join(c.source for c in read_notebook(root/notebook).cells if c.cell_type == "code")
+    waiting, seen = imported_modules(source) | _named_methods(source), set()
     while waiting:
         name = waiting.pop()
         file = root/"segsyn"/f"{name}.py"

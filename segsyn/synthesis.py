@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Request', 'request_facts', 'Method', 'check_method', 'filled', 'ChunkedMethod', 'method_settings',
-           'load_method', 'plan_requests', 'make_chunk', 'read_journal', 'synthesis_facts', 'count_rejects',
-           'contact_sheet', 'synthesise']
+           'sample_operations', 'load_method', 'plan_requests', 'make_chunk', 'read_journal', 'synthesis_facts',
+           'count_rejects', 'contact_sheet', 'synthesise']
 
 # %% ../nbs/12_synthesis.ipynb #07bb2629
 import errno, functools, hashlib, heapq, importlib, inspect, itertools, multiprocessing, os, pickle, platform, shutil, signal, sys, threading, time
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 from PIL import Image
 from pydantic import BaseModel, ValidationError
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from .files import (SegsynError, atomic_folder, atomic_write, derive_seed, explain_difference, file_sha256, fingerprint,
                           folder_lock, nearest_name, read_json, settings_error, work_folder, write_json)
@@ -119,12 +120,27 @@ def method_settings(
     try: return kind(**{**values, **changes})
     except ValidationError as error: raise settings_error(error, kind.model_fields) from None
 
+# %% ../nbs/12_synthesis.ipynb #b1b5e232
+def _attention_operations(query, key, value, *more, out_shape=None, **named):
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+def sample_operations(
+    method: Callable,            # a method of the synthesis engine
+    requests: Sequence[Request], # some of them; one chunk is made
+) -> float:                      # floating-point operations for one sample
+    "Operations of one sample with all that belongs to it: text encoder, every call of the denoiser, decoders."
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter: method(filled(list(requests), method.chunk_size))
+    return counter.get_total_flops() / method.chunk_size
+
 # %% ../nbs/12_synthesis.ipynb #1ac43784
 METHODS = {
     "attention": "segsyn.attention:DatasetDiffusion",
     "text2mask": "segsyn.text2mask:Text2Mask",
     "imgsyn": "segsyn.mask2img:ImgSyn",
     "masksyn": "segsyn.mask2img:MaskSyn",
+    "jodiffusion": "segsyn.joint:JoDiffusion",
 }
 
 def _method_class(name):

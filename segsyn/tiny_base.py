@@ -7,7 +7,7 @@ __all__ = ['STYLE_WEIGHTS', 'write_corpus', 'read_corpus', 'flat_picture', 'Auto
            'AutoencoderTrainer', 'autoencoder_loss', 'peak_signal_to_noise', 'encode_corpus', 'normalise_latents',
            'caption_tokens', 'create_text_encoder', 'create_denoiser', 'create_scheduler', 'LatentData',
            'train_autoencoder', 'reconstruct', 'plain_prompt', 'class_prompts', 'sample_images', 'create_base',
-           'train_denoiser', 'model_card', 'publish_base', 'main']
+           'train_denoiser', 'class_rows', 'model_card', 'publish_folder', 'check_trained', 'publish_base', 'main']
 
 # %% ../nbs/14_tiny_base.ipynb #ce3ac9d2
 import json
@@ -313,13 +313,18 @@ def train_denoiser(base: Base, # from `create_base`; its denoiser and text encod
     return result
 
 # %% ../nbs/14_tiny_base.ipynb #01c37703
+def class_rows(
+    measured: dict, # found and found_real, as the measuring stages write them
+) -> str:           # a table as markdown
+    "How often each class is found in drawn and in true pictures."
+    return "\n".join(["| class | drawn | real |", "|---|---|---|", *(f"| {name} | {share:.0%} | {measured['found_real'][name]:.0%} |" for name, share in measured["found"].items())])
+
 def model_card(training: dict, # training.json of the trained folder
                autoencoder: dict, # results of the autoencoder's training
                measured: dict, # measure.json
                ) -> str: # markdown
     "The model card of the tiny base."
-    config, found, real = training["config"], measured["found"], measured["found_real"]
-    rows = "\n".join(f"| {name} | {found[name]:.0%} | {real[name]:.0%} |" for name in found)
+    config = training["config"]
     oracle, copies = measured["oracle_miou"], measured["copies"]
     return f"""---
 license: gpl-2.0
@@ -346,9 +351,7 @@ Cross-attention of the class names against true masks, on scenes of pool A: {100
 
 How often the segmenter finds the class that the prompt names, in drawn pictures and in true ones; the last row asks for both classes of a prompt that names two:
 
-| class | drawn | real |
-|---|---|---|
-{rows}
+{class_rows(measured)}
 
 Eight samples of each class: ![samples](samples.png)
 
@@ -358,23 +361,41 @@ The photographs are those of the Stamps benchmark (Tux Paint stamps and Debian's
 """
 
 # %% ../nbs/14_tiny_base.ipynb #74391b9b
-def publish_base(trained: str | Path, # training/tiny-sd
-                 results: str | Path, # training/results
-                 target: str | Path, # data/tiny-sd; replaced
-                 limit: float = 20e6, # bytes that the folder may have
-                 ) -> Path:
-    "Copy a trained base with its card, curve and samples into the repository's data; raises `SegsynError` where something is missing or too large."
-    trained, results = Path(trained), Path(results)
-    needed = [trained / "training.json", *(results / n for n in ("autoencoder.json", "measure.json", "denoiser-curve.png", "classes.png"))]
-    missing = [str(p) for p in needed if not p.is_file()]
-    if missing: raise SegsynError("the training pipeline has not finished", where=missing[0], found="no such file", fix="dvc repro training/dvc.yaml")
+def publish_folder(
+    trained: str | Path,        # folder with the model and training.json
+    pictures: dict[str, Path],  # name in the target -> picture
+    card: str,                  # markdown
+    target: str | Path,         # in the repository's data; replaced
+    limit: float,               # bytes that the folder may have
+) -> Path:                      # the target
+    "Copy a trained model with its card and pictures, atomically. Raises `SegsynError` where it is too large."
     with atomic_folder(target) as out:
         shutil.copytree(trained, out, dirs_exist_ok=True)
-        for source, name in (("denoiser-curve.png", "curve.png"), ("classes.png", "samples.png")): shutil.copy(results / source, out / name)
-        (out / "README.md").write_text(model_card(read_json(needed[0]), read_json(needed[1]), read_json(needed[2])))
+        for name, source in pictures.items(): shutil.copy(source, out / name)
+        (out / "README.md").write_text(card)
         size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
         if size > limit: raise SegsynError("the base is too large to ship", where=target, found=f"{size / 1e6:.1f} MB", allowed=f"{limit / 1e6:.0f} MB")
     return Path(target)
+
+def check_trained(
+    files: list[Path], # that a finished training leaves
+) -> None:
+    "Raises `SegsynError`, naming the first file that is missing."
+    missing = [str(p) for p in files if not p.is_file()]
+    if missing: raise SegsynError("the training pipeline has not finished", where=missing[0], found="no such file", fix="dvc repro training/dvc.yaml")
+
+# %% ../nbs/14_tiny_base.ipynb #8905a54e
+def publish_base(
+    trained: str | Path, # training/tiny-sd
+    results: str | Path, # training/results
+    target: str | Path, # data/tiny-sd; replaced
+    limit: float = 20e6, # bytes that the folder may have
+) -> Path:
+    "Copy a trained base with its card, curve and samples into the repository's data; raises `SegsynError` where something is missing or too large."
+    trained, results = Path(trained), Path(results)
+    needed = [trained / "training.json", *(results / n for n in ("autoencoder.json", "measure.json", "denoiser-curve.png", "classes.png"))]
+    check_trained(needed)
+    return publish_folder(trained, {"curve.png": needed[3], "samples.png": needed[4]}, model_card(*map(read_json, needed[:3])), target, limit)
 
 def main(arguments: list[str]) -> int:
     "`python -m segsyn.tiny_base publish`: copy the trained base to data/tiny-sd."

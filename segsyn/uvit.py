@@ -8,7 +8,7 @@ __all__ = ['UNUSED_BY_DIFFUSERS', 'UNIDIFFUSER_V1', 'time_waves', 'SelfAttention
            'load_unidiffuser_weights', 'to_unidiffuser_weights', 'load_unidiffuser', 'create_clip', 'CaptionedImages',
            'contrastive_loss', 'clip_features', 'train_clip', 'FixedCodes', 'whitening', 'token_means', 'create_codes',
            'UViTBase', 'create_uvit', 'create_uvit_base', 'save_uvit_base', 'load_uvit_base', 'MultimodalData',
-           'MultimodalLoss', 'sample_modalities', 'sample_uvit', 'train_uvit']
+           'MultimodalLoss', 'sample_modalities', 'sample_uvit', 'train_uvit', 'uvit_card', 'publish_uvit', 'main']
 
 # %% ../nbs/18_uvit.ipynb #9b26d7a0
 import copy, functools, hashlib, math
@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from .base import Base, add_noise, decode_latents, encode_prompts, make_sampler, min_snr_weights, resolve_precision, training_target
-from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
+from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, fingerprint, read_json, write_json
 from .hub import load_pretrained, resolve_model
 from .pictures import tile_images
 from .segmenter import model_fingerprint
-from .tiny_base import LatentData, class_prompts, create_scheduler
+from .tiny_base import LatentData, check_trained, class_prompts, class_rows, create_scheduler, publish_folder
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/18_uvit.ipynb #2421462a
@@ -218,16 +218,20 @@ def grow_uvit(
     model: UViT,          # as trained
     name: str = "label",  # of the new modality
     like: str = "image",  # whose layers, places and clock it starts with
+    clock: str | None = None, # whose time it follows: a known clock or a new one, whose token starts as a copy; that of `like` if None
 ) -> UViT:                # a new model; the old one is left as it is
     "Add a modality that starts as a copy of another one (JoDiffusion, joint diffusion). Raises SegsynError for a name that is taken or unknown."
     names = list(model.modalities)
     if like not in names or name in names: raise SegsynError("This modality cannot be added.", where=name, found=f"{name} like {like}", allowed=f"a new name, like one of {', '.join(names)}")
     config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-    grown = UViT(**{**config, "inputs": [*config["inputs"], {**model.modalities[like].spec, "name": name}]})
-    state = model.state_dict()
+    state, clocks, first = model.state_dict(), list(config["clocks"]), model.modalities[like].spec["clock"]
+    clock = clock or first
+    grown = UViT(**{**config, "inputs": [*config["inputs"], {**model.modalities[like].spec, "name": name, "clock": clock}], "clocks": clocks + [clock]*(clock not in clocks)})
     copies = {k.replace(f"modalities.{like}.", f"modalities.{name}.", 1): v for k, v in state.items() if k.startswith(f"modalities.{like}.")}
+    if clock not in clocks: copies["clock_position"] = torch.cat([state["clock_position"], state["clock_position"][:, [clocks.index(first)]]], 1)
     grown.load_state_dict({**state, **copies})
-    return grown.to(model.device, model.dtype).train(model.training)
+    grown = (grown if grown.dtype == model.dtype else grown.to(model.dtype)).to(model.device)
+    return grown.train(model.training)
 
 # %% ../nbs/18_uvit.ipynb #4f41c1f4
 @dataclass(frozen=True)
@@ -667,17 +671,17 @@ def _pack(values: dict) -> Tensor: return torch.cat([v.flatten(1) for v in value
 def _unpack(packed: Tensor, shapes: dict) -> dict:
     return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes.items(), packed.split([math.prod(s) for s in shapes.values()], 1))}
 
-def _roles(base, wanted, given, seeds):
+def _roles(base, wanted, given, seeds, held):
     "clock -> wanted, given or silent, checked."
     names, roles = list(base.uvit.modalities), {}
-    unknown = [n for n in (*wanted, *given) if n not in names]
+    unknown = [n for n in (*wanted, *given) if n not in names] + [f"{n} held" for n in held if n not in wanted]
     if unknown or not wanted: raise SegsynError("These modalities cannot be sampled.", where="wanted, given", found=", ".join(unknown) or "nothing wanted", allowed=", ".join(names))
     for name, m in base.uvit.modalities.items():
         role = "wanted" if name in wanted else "given" if name in given else "silent"
         if roles.setdefault(m.spec["clock"], role) != role:
             raise SegsynError("Modalities that share a clock are at one noise level.", where=name, found=f"{role}, and another of its clock {roles[m.spec['clock']]}", fix="Want, give or leave out all of them.")
-    counts = {len(seeds), *(len(v) for v in given.values())}
-    if len(counts) > 1 or not len(seeds): raise SegsynError("Every sample needs a seed and what is given.", where="sample_modalities", found=f"{len(seeds)} seeds, " + ", ".join(f"{len(v)} {n}" for n, v in given.items()))
+    counts = {len(seeds), *(len(v) for v in (*given.values(), *held.values()))}
+    if len(counts) > 1 or not len(seeds): raise SegsynError("Every sample needs a seed and what is given.", where="sample_modalities", found=f"{len(seeds)} seeds, " + ", ".join(f"{len(v)} {n}" for n, v in (*given.items(), *held.items())))
     return roles
 
 # %% ../nbs/18_uvit.ipynb #0352ef64
@@ -699,6 +703,12 @@ def _answer(base, values, times):
     with torch.autocast(base.device.type, base.dtype if half else None, enabled=half): out = base.uvit({n: v.to(base.uvit.dtype) for n, v in values.items()}, times)
     return {n: v.float() for n, v in out.items()}
 
+def _hold(packed, drawn, held, scheduler, time=None):
+    "The walk with what is held put back: with the noise it was drawn with, at the level of a time, or clean."
+    if not held: return packed
+    at = lambda n, clean: clean if time is None else scheduler.add_noise(clean, drawn[n], time.expand(len(clean)))
+    return _pack({**_unpack(packed, {n: v.shape[1:] for n, v in drawn.items()}), **{n: at(n, held[n].to(packed)) for n in held}})
+
 # %% ../nbs/18_uvit.ipynb #df8f836e
 @torch.no_grad()
 def sample_modalities(
@@ -710,13 +720,16 @@ def sample_modalities(
     guidance: float = 5.0,        # classifier-free guidance towards what is given; 1 or less: none
     sampler: str = "dpm++",       # a name of SAMPLERS
     callback: Callable | None = None, # after each step: callback(step index, time, values)
+    held: dict[str, Tensor] | None = None, # wanted modality -> clean values (B, ...) that it shall end with: put back at the noise level of every step
 ) -> dict[str, Tensor]:           # modality -> clean values, fp32
     "Draw some modalities given others (UniDiffuser, Bao et al. 2023, section 3.2), with one noise stream a sample. Raises SegsynError for names, clocks and counts that do not fit."
-    roles, generators = _roles(base, wanted, given, seeds), [torch.Generator().manual_seed(int(s)) for s in seeds]
+    held = held or {}
+    roles, generators = _roles(base, wanted, given, seeds, held), [torch.Generator().manual_seed(int(s)) for s in seeds]
     scheduler, guided = make_sampler(sampler, base.scheduler_config, steps, base.device), guidance > 1 and len(given) > 0
     drawn, fixed, fixed_times = _prepare(base, wanted, given, roles, generators, guided)
     shapes, packed = {n: v.shape[1:] for n, v in drawn.items()}, _pack(drawn)*scheduler.init_noise_sigma
     for index, time in enumerate(scheduler.timesteps):
+        packed = _hold(packed, drawn, held, scheduler, time)
         scaled = scheduler.scale_model_input(torch.cat([packed]*2) if guided else packed, time)
         out = _answer(base, {**_unpack(scaled, shapes), **fixed}, {**fixed_times, **{c: time.expand(len(scaled)).to(base.device) for c, r in roles.items() if r == "wanted"}})
         out = _pack({n: out[n] for n in wanted})
@@ -724,7 +737,7 @@ def sample_modalities(
         packed = scheduler.step(out, time, packed, generator=generators).prev_sample
         if callback: callback(index, float(time), _unpack(packed, shapes))
     if not torch.isfinite(packed).all(): raise SegsynError("The result is not finite (NaN or infinity).", where="sample_modalities", fix="Use precision bf16 or fp32, or a lower guidance.")
-    return _unpack(packed, shapes)
+    return _unpack(_hold(packed, drawn, held, scheduler), shapes)
 
 # %% ../nbs/18_uvit.ipynb #58490343
 def sample_uvit(
@@ -774,3 +787,64 @@ def train_uvit(
                  facts={**(facts or {}), "data": data.fingerprint(), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, "inputs": base.uvit.config.inputs, "norms": base.uvit.config.norms})
     base.uvit.eval().requires_grad_(False).use_explicit_attention(False)
     return result
+
+# %% ../nbs/18_uvit.ipynb #52487ddf
+def uvit_card(
+    training: dict, # training.json of the trained folder
+    measured: dict, # uvit-measure.json
+) -> str:           # markdown
+    "The model card of the tiny transformer base."
+    config = training["config"]
+    return f"""---
+license: gpl-2.0
+library_name: segsyn
+pipeline_tag: text-to-image
+---
+# tiny-uvit: a transformer that denoises pictures, texts and CLIP vectors of one little world
+
+A U-ViT as in UniDiffuser, small enough to ship. It draws 64x64 scenes of the Stamps benchmark from captions, in the latents of `tiny-sd`, whose autoencoder, tokenizer and text encoder it takes over; it knows a time of its own for the text and one for picture and CLIP vector. No mask was shown to it. `segsyn.uvit.load_uvit_base` loads it; it is what JoDiffusion's joint model starts from.
+
+## Training
+
+{training["steps"]} updates of batch {config["batch_size"]} at learning rate {config["learning_rate"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting, on the captioned corpus of `tiny-sd`. The small CLIP was trained on the same pictures before. Run fingerprint `{training["fingerprint"][:16]}`. Rebuild it with `dvc repro training/dvc.yaml`.
+
+The loss: ![loss](curve.png)
+
+## How good it is
+
+Fréchet distance to true scenes, in the features of a segmenter trained on true scenes: {measured["frechet"]:.2f} (other true scenes: {measured["frechet_real"]:.2f}). {measured["copies"]:.1%} of the pictures are as near to a picture of the training corpus as the nearest hundredth of new true scenes are.
+
+How often that segmenter finds the class that the prompt names, in drawn pictures and in true ones; the last row asks for both classes of a prompt that names two:
+
+{class_rows(measured)}
+
+Eight samples of each class: ![samples](samples.png)
+
+## Data and licence
+
+The photographs are those of the Stamps benchmark (Tux Paint stamps and Debian's wallpapers, GPL-2 and compatible; see the LICENSE files in data/stamps).
+"""
+
+# %% ../nbs/18_uvit.ipynb #3351f837
+def publish_uvit(
+    trained: str | Path, # training/tiny-uvit
+    results: str | Path, # training/results
+    target: str | Path,  # data/tiny-uvit; replaced
+    limit: float = 15.5e6, # bytes that the folder may have
+) -> Path:
+    "Copy the trained transformer base with its card into the repository's data. Raises SegsynError where something is missing or too large."
+    needed = [Path(trained)/"training.json", *(Path(results)/n for n in ("uvit-measure.json", "uvit-curve.png", "uvit-classes.png"))]
+    check_trained(needed)
+    return publish_folder(trained, {"curve.png": needed[2], "samples.png": needed[3]}, uvit_card(*map(read_json, needed[:2])), target, limit)
+
+def main(
+    arguments: list[str], # of the command line
+) -> int:                 # exit status
+    "`python -m segsyn.uvit publish`: copy the trained base to data/tiny-uvit. Raises SegsynError for another command."
+    if arguments != ["publish"]: raise SegsynError("Unknown command.", found=" ".join(arguments) or "nothing", allowed="publish")
+    root = find_root()
+    print(publish_uvit(root/"training"/"tiny-uvit", root/"training"/"results", root/"data"/"tiny-uvit"), "- now run: dvc add data && dvc push")
+    return 0
+
+# %% ../nbs/18_uvit.ipynb #ab046d8a
+if __name__ == "__main__" and "__file__" in globals(): cli(main) # a notebook is called __main__ too, but is no file

@@ -2,7 +2,7 @@
 import json
 import pytest
 from segsyn.files import SegsynError, write_json
-from segsyn.report import (CLAIMS, Claim, choose_extremes, claim_table, class_table, find_result, judge_claim, load_metrics, mask_table, segment_numbers, segment_table,
+from segsyn.report import (CLAIMS, Claim, choose_extremes, claim_table, class_table, find_result, judge_claim, load_metrics, mask_table, pair_numbers, pair_table, segment_numbers, segment_table,
                            tau_figure, to_markdown, write_figures, write_tables)
 
 def score(miou, reach=0.02, **more): return {"miou": miou, "low": round(miou - reach, 4), "high": round(miou + reach, 4), "iou": {"background": 0.9, "bird": miou, "rare": None}, **more}
@@ -64,3 +64,14 @@ def test_same_metrics_same_bytes(tmp_path):
 def test_extremes():
     assert choose_extremes([0.1, None, 0.9, float("nan"), 0.9, 0.5], 2) == ([2, 4], [0, 5])
     assert choose_extremes([0.5], 3) == ([], []) and len(CLAIMS) == len({c.text for c in CLAIMS})
+
+def test_pairs_of_every_method_that_was_measured(tmp_path):
+    assert pair_table(tmp_path).empty
+    write_json(tmp_path/"attention.json", {"images": 8, "mean foreground": 0.3, "mean ignored": 0.04, "operations": 3e10})
+    write_json(tmp_path/"jodiffusion.json", {"samples": 9, "oracle_miou": 0.5, "foreground": 0.2, "ignored": 0.0, "operations": 6e10})
+    assert pair_table(tmp_path)["the oracle's mIoU against their masks"].tolist() == ["–", "50.0"], "without the mask study nothing is known of Dataset Diffusion's agreement"
+    write_json(tmp_path/"masks.json", {"oracle_on_generated": {"uncertainty": {"miou": 0.57}}})
+    write_json(tmp_path/"seggen.json", {name: {"samples": 7, "oracle_miou": 0.4, "foreground": 0.2, "ignored": 0.0} for name in ("imgsyn", "masksyn")})
+    numbers, table = pair_numbers(tmp_path), pair_table(tmp_path)
+    assert numbers.dataset.tolist() == ["attention", "imgsyn", "masksyn", "jodiffusion"] and numbers.samples.tolist() == [8, 7, 7, 9]
+    assert table["10⁹ operations a pair"].tolist() == ["30", "–", "–", "60"] and table["the oracle's mIoU against their masks"].tolist() == ["57.0", "40.0", "40.0", "50.0"]
