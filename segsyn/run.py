@@ -154,6 +154,8 @@ class LabelVae(_Fit):
 class Joint(_Generator):
     "JoDiffusion: the joint model of pictures and masks."
     transformer: str
+    schedule: Literal["constant", "cosine", "poly"]
+    label_scale: PositiveFloat
     label_weight: Annotated[float, Field(ge=0)]
     text_weight: Annotated[float, Field(ge=0)]
     clip_weight: Annotated[float, Field(ge=0)]
