@@ -267,9 +267,8 @@ def pair_table(
     folder: str | Path, # as for pair_numbers
 ) -> pd.DataFrame:      # text
     "One row a synthetic dataset."
-    share = lambda value: "–" if value is None or value != value else _percent(value)
-    return pd.DataFrame([{"pairs of": r.method, "pairs": f"{r.samples:,}", "the oracle's mIoU against their masks": share(r.agreement), "foreground (%)": share(r.foreground), "ignored (%)": share(r.ignored),
-                          "10⁹ operations a pair": "–" if r.operations is None or r.operations != r.operations else f"{r.operations/1e9:,.0f}"} for r in pair_numbers(folder).itertuples()])
+    return pd.DataFrame([{"pairs of": r.method, "pairs": f"{r.samples:,}", "the oracle's mIoU against their masks": _percent(r.agreement), "foreground (%)": _percent(r.foreground), "ignored (%)": _percent(r.ignored),
+                          "10⁹ operations a pair": "–" if pd.isna(r.operations) else f"{r.operations/1e9:,.0f}"} for r in pair_numbers(folder).itertuples()])
 
 # %% ../nbs/24_report.ipynb #58fe3faa
 def compare_recipes(

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from segsyn.base import SAMPLERS
 from segsyn.files import SegsynError
-from segsyn.run import read_notebook, read_params, read_yaml, stage_values
+from segsyn.prompts import PROMPT_STYLES
+from segsyn.run import Sampler, Style, read_notebook, read_params, read_yaml, stage_values
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tests" / "notebooks").glob("*.ipynb"))
@@ -178,3 +181,7 @@ def test_a_stopped_stage_ends_its_kernel(project, number, statuses):
     _, errors = process.communicate(timeout=60)
     assert process.returncode in statuses, errors
     assert not (project / "reports" / "slow.ipynb").exists()
+
+
+def test_schemas_know_the_samplers_and_prompt_styles_that_there_are():
+    assert set(get_args(Sampler)) == set(SAMPLERS) and set(get_args(Style)) == set(PROMPT_STYLES)
