@@ -101,13 +101,16 @@ class Attention(Section):
     workers: PositiveInt
 
 # %% ../nbs/25_run.ipynb #17945e3e
-class _Fit(Section):
+class _Training(Section):
     "What every training of a generator has."
-    steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt
     ema_decay: Share | None
+
+class _Fit(_Training):
+    "And how long it is."
+    steps: PositiveInt
 
 class _Generator(_Fit):
     "A fine-tuning of a generator, and the samples that measure it."
@@ -265,6 +268,7 @@ class Speed(Section):
 class Uvit(_Fit):
     "The transformer base and its small CLIP."
     start: str | None
+    schedule: Literal["constant", "cosine", "poly"]
     width: PositiveInt
     depth: PositiveInt
     heads: PositiveInt
@@ -280,7 +284,7 @@ class Uvit(_Fit):
     clip_learning_rate: PositiveFloat
 
 # %% ../nbs/25_run.ipynb #d76bfb0f
-class Study(_Fit):
+class Study(_Training):
     "One variant of the denoiser's recipe, briefly trained; the variants are stages of training/dvc.yaml."
     name: str = "as-shipped"
     luck: NonNegativeInt = 0
@@ -296,6 +300,9 @@ class Study(_Fit):
     length: PositiveInt
     scenes: PositiveInt
     samples: PositiveInt
+    points: Annotated[list[PositiveInt], Field(min_length=1)]
+    sampling_steps: PositiveInt
+    guidance: Annotated[float, Field(ge=0)]
 
 class Layers(Section):
     "Which attention layers of the tiny base are read."
