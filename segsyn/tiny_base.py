@@ -10,6 +10,7 @@ __all__ = ['STYLE_WEIGHTS', 'write_corpus', 'read_corpus', 'flat_picture', 'Auto
            'train_denoiser', 'class_rows', 'model_card', 'publish_folder', 'check_trained', 'publish_base', 'main']
 
 # %% ../nbs/14_tiny_base.ipynb #ce3ac9d2
+import io
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_images, encode_prompts, sample_latents, save_base, train_tokenizer, use_explicit_attention
-from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, read_json, write_json
+from .files import SegsynError, atomic_folder, atomic_write, cli, derive_seed, find_root, read_json, write_json
 from .pictures import tile_images
 from .prompts import build_prompt, simple_prompt
 from .stamps import CLASSES, Stamps, make_scenes
@@ -131,18 +132,27 @@ def peak_signal_to_noise(first: np.ndarray, second: np.ndarray) -> float: # both
     return float(10 * np.log10(255 ** 2 / error)) if error else float("inf")
 
 # %% ../nbs/14_tiny_base.ipynb #d169eb5e
+def _npy(tensor):
+    file = io.BytesIO()
+    np.save(file, tensor.numpy())
+    return file.getvalue()
+
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, # trained
                   images: np.ndarray, # uint8 (N, H, W, 3)
                   batch_size: int = 250, # fixed shape of a chunk; N is padded up to it
                   progress: bool = True, # show a progress bar?
+                  keep: str | Path | None = None, # a file that holds the latents of just these pictures; written if it is not there
                   ) -> torch.Tensor: # float32 (N, C, h, w), posterior means, not yet scaled
     "Latents of every picture, computed once: training on them is several times faster than encoding at every step."
+    if keep is not None and Path(keep).exists(): return torch.from_numpy(np.load(keep))
     chunks = []
     for start in tqdm(range(0, len(images), batch_size), desc="latents", disable=None if progress else True, mininterval=2):
         pixels = torch.from_numpy(np.array(images[start:start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1
         chunks.append(vae.encode(pixels).latent_dist.mean)
-    return torch.cat(chunks)
+    latents = torch.cat(chunks)
+    if keep is not None: atomic_write(keep, _npy(latents))
+    return latents
 
 def normalise_latents(vae: AutoencoderKL, # its config gets the factor
                       latents: torch.Tensor, # float (N, C, h, w), unscaled
