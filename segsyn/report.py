@@ -23,6 +23,7 @@ import nbformat
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from .dataset import TEST_SETS
 from .files import SegsynError, atomic_write, cli, find_root, nearest_name, read_json
 from .labels import LabelSpace
 from .metrics import bootstrap_difference
@@ -105,8 +106,7 @@ def load_metrics(
     return Metrics({name: recipes[name] for name in sorted(recipes, key=_place)}, masks, differences)
 
 # %% ../nbs/24_report.ipynb #970605f7
-_known_splits = ("val-A", "val-B", "unseen")
-def _split_order(names): return sorted(set(names), key=lambda n: (_known_splits.index(n) if n in _known_splits else len(_known_splits), n))
+def _split_order(names): return sorted(set(names), key=lambda n: (TEST_SETS.index(n) if n in TEST_SETS else len(TEST_SETS), n))
 
 def _combine(scores: list[Score]) -> dict:
     "Mean, spread and interval of one split over runs; None where it cannot be told."
@@ -333,16 +333,16 @@ CLAIMS = (
     Claim("τ = 5 is too much: τ = 4 is better", "60.5 → 62.0 (table 5a)", "masks/tau/4", "masks/tau/5"),
     Claim("Perfect synthesis is better than real data alone: the benchmark has room (val-B)", "–", "segment/ceiling/val-B", "segment/real/val-B"),
     Claim("Dataset Diffusion: the real training set is better than synthetic data alone", "64.8 → 79.9 (table 1, VOC val, R101)", "segment/real/val-A", "segment/attention/val-A"),
-    *(Claim(f"Dataset Diffusion: added to real data, better than real data alone ({split})", "not measured", f"segment/real+attention/{split}", f"segment/real/{split}") for split in _known_splits),
+    *(Claim(f"Dataset Diffusion: added to real data, better than real data alone ({split})", "not measured", f"segment/real+attention/{split}", f"segment/real/{split}") for split in TEST_SETS),
     Claim("... and better than copy-paste of the real cut-outs (val-B)", "not measured", "segment/real+attention/val-B", "segment/copy-paste/val-B"),
     Claim("SegGen: MaskSyn, added to real data, is better than real data alone", "47.2 → 48.5 (table 5, ADE20K, Mask2Former R50)", "segment/real+masksyn/val-A", "segment/real/val-A"),
     Claim("SegGen: ImgSyn, added to real data, is better than real data alone", "47.2 → 49.3 (table 5)", "segment/real+imgsyn/val-A", "segment/real/val-A"),
     Claim("SegGen: both are better than ImgSyn", "49.3 → 49.9 (table 5)", "segment/real+masksyn+imgsyn/val-A", "segment/real+imgsyn/val-A"),
     *(Claim(f"SegGen: both, added to real data, are better than real data alone ({split})", paper, f"segment/real+masksyn+imgsyn/{split}", f"segment/real/{split}")
-      for split, paper in zip(_known_splits, ("47.2 → 49.9 (table 5)", "not measured", "pictures of other domains only (figure 1)"))),
+      for split, paper in zip(TEST_SETS, ("47.2 → 49.9 (table 5)", "not measured", "pictures of other domains only (figure 1)"))),
     Claim("JoDiffusion: synthetic data alone are better than Dataset Diffusion's", "61.6 → 72.5 (table 2, VOC val, R50)", "segment/jodiffusion/val-A", "segment/attention/val-A"),
     *(Claim(f"JoDiffusion: added to real data, better than real data alone ({split})", paper, f"segment/real+jodiffusion/{split}", f"segment/real/{split}")
-      for split, paper in zip(_known_splits, ("77.4 → 78.3 (table 3, VOC val, R50)", "not measured", "not measured"))),
+      for split, paper in zip(TEST_SETS, ("77.4 → 78.3 (table 3, VOC val, R50)", "not measured", "not measured"))),
     Claim("JoDiffusion: added to real data, better than pictures for human masks (ImgSyn)", "48.2 → 48.4 (table 3, ADE20K, against FreeMask)", "segment/real+jodiffusion/val-A", "segment/real+imgsyn/val-A"),
 )
 
