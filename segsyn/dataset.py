@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'TEST_SETS', 'Sample', 'check_key', 'png_bytes', 'check_sample', 'sample_record', 'write_sample',
            'dataset_card', 'finish_dataset', 'write_dataset', 'PictureError', 'read_image', 'read_mask', 'safe_path',
-           'read_metadata', 'SegmentationDataset', 'load_test_sets', 'scene_groups', 'Problem', 'check_record',
-           'check_dataset', 'main']
+           'read_metadata', 'SegmentationDataset', 'StoredSample', 'load_test_sets', 'scene_groups', 'Problem',
+           'check_record', 'check_dataset', 'main']
 
 # %% ../nbs/05_dataset.ipynb #9e214693
 import argparse, copy, html, importlib.metadata, io, json, os, re, struct, sys, unicodedata, warnings, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
-from .files import SegsynError, atomic_folder, atomic_write, canonical_json, cli, fingerprint, folder_hashes, nearest_name, read_json, verify_manifest, write_manifest
+from .files import SegsynError, atomic_folder, atomic_write, canonical_json, cli, file_sha256, fingerprint, folder_hashes, nearest_name, read_json, verify_manifest, write_manifest
 from .labels import LabelSpace, check_mask
 
 # %% ../nbs/05_dataset.ipynb #c677afa8
@@ -403,6 +404,32 @@ class SegmentationDataset:
         manifest = self.folder/"manifest.json"
         content = read_json(manifest).get("content") if manifest.exists() else None
         return fingerprint([content or _content(folder_hashes(self.folder)), [r["image_file_name"] for r in self.records]])
+
+# %% ../nbs/05_dataset.ipynb #01e66dc0
+_sample_fields = {f.name for f in fields(Sample)}
+
+@lru_cache(maxsize=None)
+def _file_hash(path, time, size): return file_sha256(path) # time and size: a file that is written anew is read anew
+
+class StoredSample:
+    "A sample of a dataset, by the attributes of `Sample`; pixels are read from disk whenever they are asked for."
+    def __init__(self,
+        dataset: SegmentationDataset, # that holds it
+        index: int,                   # its place there
+    ):
+        self.alone = dataset.subset([index])
+        record = self.alone.records[0]
+        self.key, self.caption, self.classes = _record_key(record), record.get("text") or "", tuple(record.get("classes") or ())
+
+    def __getattr__(self, name):
+        if name not in _sample_fields: raise AttributeError(name)
+        return getattr(self.alone[0], name)
+
+    @property
+    def sha256(self) -> str:
+        "Over the bytes of its files."
+        files = [self.alone.folder/name for column, name in sorted(self.alone.records[0].items()) if column.endswith("_file_name") and name]
+        return fingerprint([_file_hash(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
 
 # %% ../nbs/05_dataset.ipynb #7f0d4f75
 TEST_SETS = ("val-A", "val-B", "unseen") # known objects, objects that only the generator has seen, objects and places nobody has seen

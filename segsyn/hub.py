@@ -54,6 +54,7 @@ def pipeline_parts(
     if not isinstance(index.get("_class_name", ""), str): raise wrong(f"_class_name: {index['_class_name']}")
     parts = {name: tuple(value) for name, value in sorted(index.items()) if isinstance(value, list) and len(value) == 2 and value != [None, None] and name != "safety_checker"}
     for name, (library, class_name) in parts.items():
+        library = "diffusers" if library == "unidiffuser" else library # a folder of diffusers, by which its older versions name two classes
         if library not in ("diffusers", "transformers") or not isinstance(class_name, str) or not re.fullmatch(r"\w+", name): raise wrong(f"{name}: {library}.{class_name}")
     return parts
 

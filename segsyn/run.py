@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 import nbformat
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from .files import SegsynError, atomic_write, cli, file_sha256, find_root, folder_lock, nearest_name
 
 # %% ../nbs/25_run.ipynb #2756c81d
@@ -71,11 +71,23 @@ Style = Literal["simple", "caption", "labels", "simple+labels", "caption+labels"
 # %% ../nbs/25_run.ipynb #51b15dfa
 class Prepare(Section):
     "The labelled scenes."
+    source: Literal["stamps", "voc", "ade20k", "coco"] # stamps, or a name of sources.SOURCES
+    folder: str | None
+    splits: Annotated[list[str], Field(min_length=2, max_length=2)] | None
+    captions: str | None
+    fit: Literal["crop", "stretch"]
     size: PositiveInt
-    train: PositiveInt
-    val: PositiveInt
-    unseen: PositiveInt
-    oracle: PositiveInt
+    train: PositiveInt | None
+    val: PositiveInt | None
+    unseen: PositiveInt | None
+    oracle: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _complete(self):
+        needed = ("train", "val", "unseen", "oracle") if self.source == "stamps" else ("folder", "splits")
+        lacking = [name for name in needed if getattr(self, name) is None]
+        if lacking: raise ValueError(f"Give a value for {', '.join(lacking)}; source is {self.source}.")
+        return self
 
 Layers = list[Annotated[list[str | list[NonNegativeInt] | None], Field(min_length=2, max_length=2)]]
 
@@ -187,6 +199,7 @@ class JoDiffusion(Section):
 class Oracle(Section):
     "The segmenter that measures."
     segmenter: str
+    backbone: str | None
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
@@ -202,13 +215,14 @@ class Masks(Section):
 class Segment(Section):
     "One recipe; the pipeline runs it once for each."
     recipe: str = "real" # this and what has a default below is set by the pipeline
-    strategy: Literal["mix", "pretrain"] = "mix"
+    strategy: Literal["mix", "pretrain"]
     labelled_scenes: PositiveInt | None = None
     synthetic_samples: PositiveInt | None = None
     augment: bool = True
     study: str = "segment"
     name: str | None = None
     segmenter: str
+    backbone: str | None
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     steps: PositiveInt
     batch_size: PositiveInt
@@ -322,6 +336,7 @@ def _mistake(error, place, section, keys):
     if kind == "extra_forbidden":
         near = nearest_name(key, keys)
         return SegsynError("There is no such parameter.", where=where, found=key, allowed=", ".join(sorted(keys)), fix=f"Did you mean {near!r}?" if near else None)
+    if kind == "value_error": return SegsynError("Parameters do not fit each other.", where=f"{place}: {section}", fix=error["msg"].removeprefix("Value error, "))
     if kind == "missing": return SegsynError("A parameter is missing.", where=where, fix=f"Add `{key}:` to the section `{section}`.")
     return SegsynError("A parameter has a value that is not allowed.", where=where, found=repr(error["input"]), allowed=error["msg"].removeprefix("Input should be "))
 
@@ -597,18 +612,22 @@ def copy_project(
 def run_profile(
     profile: str,                       # a name in profiles/
     targets: Iterable[str] = (),        # stages; all of them if empty
+    settings: Iterable[str] = (),       # "section.key=value", laid over the profile
     folder: str | Path | None = None,   # where to work, and to keep the results; a throw-away folder if None
     root: str | Path | None = None,     # the project
 ) -> int:                               # exit status of dvc
-    "Run the pipeline with a profile laid over params.yaml, in a copy of the project."
+    "Run the pipeline with a profile laid over params.yaml, in a copy of the project; a run that was begun in `folder` goes on. Raises SegsynError for parameters that are wrong, and a folder that holds something else."
     root = Path(root or find_root())
     params = read_params(root/"params.yaml", profile)
+    for text in settings: params = merge_params(params, read_setting(text), "--set")
     for section, values in params.items(): check_section(section, values, f"params.yaml with profile {profile}")
     copy = Path(folder or tempfile.mkdtemp(prefix=f"segsyn-{profile}-")).resolve()
-    if folder and copy.exists() and any(copy.iterdir()): raise SegsynError("The folder is not empty.", where=copy, fix="Choose a new one.")
+    wanted = yaml.safe_dump(params, sort_keys=False)
+    begun = (copy/"params.yaml").is_file() and (copy/"params.yaml").read_text(encoding="utf-8") == wanted
+    if folder and not begun and copy.exists() and any(copy.iterdir()): raise SegsynError("The folder is not empty, and no run with these parameters.", where=copy, fix="Choose a new one, or give the profile and settings of the run that was begun there.")
     try:
-        copy_project(root, copy)
-        atomic_write(copy/"params.yaml", yaml.safe_dump(params, sort_keys=False))
+        if not begun: copy_project(root, copy)
+        atomic_write(copy/"params.yaml", wanted)
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]), "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(copy)}
         dvc = [sys.executable, "-m", "dvc"]
         if not (copy/"data").is_dir() and (copy/"data.dvc").is_file(): subprocess.run([*dvc, "pull", "data.dvc"], cwd=copy, env=environment, check=True)
@@ -620,7 +639,7 @@ def run_profile(
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m segsyn.run", description="Run one stage notebook, or the pipeline with a profile in a copy of the project.")
     parser.add_argument("what", nargs="*", metavar="NOTEBOOK SECTION | TARGET", help="a stage notebook and its section of the parameters; or, with --profile, stages of dvc.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lay one value over the section")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lay one value over the section; with --profile: SECTION.KEY=VALUE")
     parser.add_argument("--profile", help="a name in profiles/, laid over params.yaml")
     parser.add_argument("--folder", help="with --profile: where the copy is made and kept (default: a throw-away folder)")
     parser.add_argument("--name", help="name of the report (default: the notebook's)")
@@ -651,7 +670,7 @@ def main(
         print(f"{report.relative_to(find_root())} after {time.monotonic() - started:.0f} s", flush=True)
         return 0
     if not options.profile: raise SegsynError("Nothing to run.", fix="Give a notebook and a section, or --profile NAME.")
-    status = run_profile(options.profile, options.what, options.folder)
+    status = run_profile(options.profile, options.what, options.set, options.folder)
     print(f"profile {options.profile}: {'done' if status == 0 else 'failed'} after {time.monotonic() - started:.0f} s", flush=True)
     return status
 

@@ -28,7 +28,7 @@ from .files import (SegsynError, atomic_folder, atomic_write, derive_seed, expla
                           folder_lock, nearest_name, read_json, settings_error, work_folder, write_json)
 from .labels import LabelSpace
 from .pictures import overlay_mask, tile_images
-from .dataset import Sample, check_key, finish_dataset, png_bytes, read_metadata, write_sample
+from .dataset import Sample, StoredSample, check_key, finish_dataset, png_bytes, read_metadata, write_sample
 
 # %% ../nbs/12_synthesis.ipynb #bb8ce087
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Request:
     caption: str                # what the picture shows, in words
     classes: tuple[str, ...]    # names of the classes that it shall contain
     seed: int                   # 0 <= seed < 2**63
-    source: Sample | None = field(default=None, compare=False) # a labelled sample to start from, for methods that need one
+    source: Sample | StoredSample | None = field(default=None, compare=False) # a labelled sample to start from, for methods that need one
     attempt: int = 0            # 0 for the first
     run_seed: int | None = None # what the seeds of later attempts are derived from; `seed` if None
 
@@ -62,9 +62,10 @@ def _check_request(request):
 def request_facts(
     request: Request, # one attempt at one sample
 ) -> dict:            # plain values that say everything the sample depends on, apart from the method
-    "What identifies a request; of a source sample, a hash of its pixels."
+    "What identifies a request; of a source sample, a hash of its pixels, or of its files where it is stored."
     source = None
-    if request.source is not None:
+    if isinstance(request.source, StoredSample): source = {"key": request.source.key, "sha256": request.source.sha256}
+    elif request.source is not None:
         pixels = [np.ascontiguousarray(a).tobytes() for a in (request.source.image, request.source.mask) if a is not None]
         source = {"key": request.source.key, "sha256": hashlib.sha256(b"|".join(pixels)).hexdigest()}
     return {"key": request.key, "caption": request.caption, "classes": request.classes, "seed": request.seed, "attempt": request.attempt, "source": source}

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .base import Base, add_noise, decode_latents, encode_prompts, make_sampler, min_snr_weights, resolve_precision, training_target
 from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, fingerprint, read_json, write_json
@@ -387,19 +387,20 @@ def contrastive_loss(
 # %% ../nbs/18_uvit.ipynb #c6ebabaa
 @torch.no_grad()
 def clip_features(
-    clip: CLIPModel,      # trained
+    clip: CLIPModel | CLIPVisionModelWithProjection, # trained
     images: np.ndarray,   # uint8 (N,H,W,3)
     batch_size: int = 250, # pictures at once
     mean: Sequence[float] = (0.5, 0.5, 0.5), # of the pixels, 0..1, as the CLIP was trained
     std: Sequence[float] = (0.5, 0.5, 0.5),  # likewise
 ) -> Tensor:              # fp32 (N, projection)
     "CLIP's vectors of pictures, resized to what its vision transformer reads."
-    size, found = clip.config.vision_config.image_size, []
+    whole, found = isinstance(clip, CLIPModel), []
+    size = (clip.config.vision_config if whole else clip.config).image_size
     for start in range(0, len(images), batch_size):
         pixels = torch.from_numpy(np.array(images[start:start + batch_size])).permute(0, 3, 1, 2).float().to(clip.device)/255
         if pixels.shape[-1] != size or pixels.shape[-2] != size: pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         scaled = (pixels - pixels.new_tensor(mean).view(1, 3, 1, 1))/pixels.new_tensor(std).view(1, 3, 1, 1)
-        found.append(clip.get_image_features(pixel_values=scaled).pooler_output.float().cpu())
+        found.append((clip.get_image_features(pixel_values=scaled).pooler_output if whole else clip(pixel_values=scaled).image_embeds).float().cpu())
     return torch.cat(found)
 
 # %% ../nbs/18_uvit.ipynb #6a06cb13
@@ -482,7 +483,7 @@ class UViTBase:
     vae: AutoencoderKL           # image <-> latent, fp32
     text_encoder: CLIPTextModel  # frozen, fp32
     tokenizer: CLIPTokenizer
-    clip: CLIPModel              # frozen: vectors of pictures
+    clip: CLIPModel | CLIPVisionModelWithProjection # frozen: vectors of pictures
     codes: FixedCodes            # text states and CLIP vectors -> what is noised
     scheduler_config: dict       # the noise schedule, for every modality
     reference: str = "in memory" # where it came from
@@ -583,28 +584,56 @@ def save_uvit_base(
         for file in out.rglob("*config.json"): write_json(file, {k: v for k, v in read_json(file).items() if k not in ("_name_or_path", "name_or_path", "is_local", "local_files_only")})
         write_json(out/"scheduler"/"scheduler_config.json", base.scheduler_config)
         write_json(out/"model_index.json", {"_class_name": "UViTBase", "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                                            "clip": ["transformers", "CLIPModel"], "scheduler": ["diffusers", "DDPMScheduler"]})
+                                            "clip": ["transformers", type(base.clip).__name__], "scheduler": ["diffusers", "DDPMScheduler"]})
     return Path(folder)
 
 # %% ../nbs/18_uvit.ipynb #10bfc9fa
+def _part(cls, folder): return load_pretrained(cls, folder, **{"torch_dtype" if issubclass(cls, ModelMixin) else "dtype": torch.float32})
+
+def _own_parts(folder, index, reference):
+    missing = [f for part in ("uvit", "codes") for f in (f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors") if not (folder/f).is_file()]
+    if missing: raise SegsynError("A file of the model is missing.", where=reference, found=f"missing: {missing[0]}", fix="Copy the whole folder again.")
+    clip = {"clip": {c.__name__: c for c in (CLIPModel, CLIPVisionModelWithProjection)}[index["clip"][1]]}
+    return {name: _part(cls, folder/name) for name, cls in {**_SAVED, **clip}.items()}, "tokenizer"
+
+_PARTS = {"UViTBase": _own_parts} # kind of folder -> (parts, folder of the tokenizer)
+
 def load_uvit_base(
     reference: str | Path,              # a folder, or org/name@revision
     device: str | torch.device = "cpu", # where to
     precision: str = "fp32",            # of the transformer: "auto", "fp32", "bf16", "fp16"
 ) -> UViTBase:                          # ready to sample
-    "Load what `save_uvit_base` wrote. Raises SegsynError for missing files or weights, another kind of folder, parts that do not fit."
+    "Load what `save_uvit_base` wrote, or a UniDiffuserPipeline. Raises SegsynError for missing files or weights, another kind of folder, parts that do not fit."
     folder = resolve_model(reference)
-    kind = read_json(folder/"model_index.json").get("_class_name")
-    if kind != "UViTBase": raise SegsynError("This is no transformer base.", where=reference, found=kind, allowed="UViTBase", fix="Load a Stable Diffusion base with load_base.")
-    missing = [f for part in ("uvit", "codes") for f in (f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors") if not (folder/f).is_file()]
-    if missing: raise SegsynError("A file of the model is missing.", where=reference, found=f"missing: {missing[0]}", fix="Copy the whole folder again.")
-    kinds = {True: {"torch_dtype": torch.float32}, False: {"dtype": torch.float32}}
-    parts = {name: load_pretrained(cls, folder/name, **kinds[issubclass(cls, ModelMixin)]).eval().requires_grad_(False).to(device) for name, cls in _SAVED.items()}
+    index = read_json(folder/"model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _PARTS: raise SegsynError("This is no transformer base.", where=reference, found=kind, allowed=", ".join(_PARTS), fix="Load a Stable Diffusion base with load_base.")
+    parts, tokenizer = _PARTS[kind](folder, index, reference)
+    parts = {name: part.eval().requires_grad_(False).to(device) for name, part in parts.items()}
     schedule = {k: v for k, v in read_json(folder/"scheduler"/"scheduler_config.json").items() if k not in ("_class_name", "_diffusers_version")}
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=tokenizer, local_files_only=True)
     base = UViTBase(**parts, tokenizer=tokenizer, scheduler_config=schedule, reference=str(reference), dtype=resolve_precision(precision, device))
     if torch.device(device).type != "cpu": base.uvit.to(base.dtype)
     return base
+
+# %% ../nbs/18_uvit.ipynb #8b9d4da9
+def _stored(folder, names):
+    "Some tensors from the safetensors of a folder."
+    held = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items() if k in names}
+    if lacking := sorted(set(names) - set(held)): raise SegsynError("A tensor of the model is missing.", where=folder, found=f"missing: {lacking[0]}", allowed="weights as safetensors", fix="Copy the folder again; weights in .bin files must be converted to safetensors first.")
+    return held
+
+def _unidiffuser_parts(folder, index, reference):
+    clip, vae, text_encoder = _part(CLIPVisionModelWithProjection, folder/"image_encoder"), _part(AutoencoderKL, folder/"vae"), _part(CLIPTextModel, folder/"text_encoder")
+    processor = next(iter(sorted(folder.glob("clip_*/preprocessor_config.json"))), None)
+    if processor is None: raise SegsynError("A file of the model is missing.", where=reference, found="missing: clip_image_processor/preprocessor_config.json", fix="Copy the whole folder again.")
+    pixels, prefix = read_json(processor), _stored(folder/"text_decoder", ("encode_prefix.weight", "encode_prefix.bias"))
+    codes = FixedCodes(prefix["encode_prefix.weight"].shape[1], prefix["encode_prefix.weight"].shape[0], clip.config.projection_dim, pixels["image_mean"], pixels["image_std"])
+    codes.text.load_state_dict({k.removeprefix("encode_prefix."): v.float() for k, v in prefix.items()})
+    with torch.no_grad(): codes.clip.weight.copy_(torch.eye(len(codes.clip.weight))); codes.clip.bias.zero_()
+    return {"uvit": load_unidiffuser(folder/"unet"), "vae": vae, "text_encoder": text_encoder, "clip": clip, "codes": codes}, "clip_tokenizer"
+
+_PARTS["UniDiffuserPipeline"] = _unidiffuser_parts
 
 # %% ../nbs/18_uvit.ipynb #9c4d806b
 class MultimodalData(LatentData):
