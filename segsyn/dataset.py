@@ -157,7 +157,7 @@ def dataset_card(
     facts: dict,         # what made it; "license", if there, goes into the head
 ) -> str:                # Markdown with YAML front matter
     "A dataset's README, made from its records and facts."
-    head = {"pretty_name": title, "task_categories": ["image-segmentation"], "size_categories": [_size_category(len(records))], "tags": ["semantic-segmentation", "synthetic"]}
+    head = {"pretty_name": title, "task_categories": ["image-segmentation"], "size_categories": [_size_category(len(records))], "tags": ["semantic-segmentation", *([] if facts.get("source") else ["synthetic"])]} # imported photographs name their source
     if isinstance(facts.get("license"), str): head["license"] = facts["license"]
     counts, masks = Counter(c for r in records for c in set(r.get("classes") or ())), sum(bool(r.get("mask_file_name")) for r in records)
     rows = [f"| {i} | {_escaped(name)} | {'thing' if space.things[i] else 'stuff'} | {counts[name]} |" for i, name in enumerate(space.names)]

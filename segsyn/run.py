@@ -89,6 +89,7 @@ class Prepare(Section):
         if lacking: raise ValueError(f"Give a value for {', '.join(lacking)}; source is {self.source}.")
         return self
 
+# %% ../nbs/25_run.ipynb #cc305b35
 Layers = list[Annotated[list[str | list[NonNegativeInt] | None], Field(min_length=2, max_length=2)]]
 
 class Attention(Section):
@@ -132,6 +133,7 @@ class _Generator(_Fit):
     guidance: Annotated[float, Field(ge=0)]
     chunk_size: PositiveInt
 
+# %% ../nbs/25_run.ipynb #a8c85a07
 class _SegGenModel(_Generator):
     "One of SegGen's two fine-tunings."
     caption_dropout: Share
@@ -212,6 +214,7 @@ class Masks(Section):
     taus: list[NonNegativeInt]
     threshold: Share
 
+# %% ../nbs/25_run.ipynb #54de0b63
 class Segment(Section):
     "One recipe; the pipeline runs it once for each."
     recipe: str = "real" # this and what has a default below is set by the pipeline

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 from .dataset import Sample, _split_words, read_image, read_mask, safe_path, write_dataset
-from .files import SegsynError, cli, file_sha256, nearest_name, read_json
+from .files import SegsynError, cli, derive_seed, file_sha256, nearest_name, read_json
 from .labels import LabelSpace
 from .prompts import simple_prompt
 
@@ -133,7 +133,8 @@ class SourcePictures(Sequence):
     def check(self) -> None:
         "Raise SegsynError for the first picture without file, mask or caption, and for two pictures with one key. Reads no pixels."
         for name in self.names: _check_files(self, name)
-        for a, b in zip(self.names, self.names[1:]): _check_distinct(self, a, b)
+        by_key = sorted(self.names, key=lambda n: picture_key(n).lower())
+        for a, b in zip(by_key, by_key[1:]): _check_distinct(self, a, b)
 
 # %% ../nbs/26_sources.ipynb #7b6cbc37
 def _check_files(pictures, name):
@@ -143,7 +144,7 @@ def _check_files(pictures, name):
     _caption_of(pictures, name)
 
 def _check_distinct(pictures, a, b):
-    if picture_key(a).lower() == picture_key(b).lower(): # names are sorted by key, so equal ones are neighbours
+    if picture_key(a).lower() == picture_key(b).lower():
         raise SegsynError("Two pictures would have the same key.", where=pictures.source, found=f"{a!r} and {b!r}", allowed="names that differ in more than the split and upper and lower case", fix="Rename one of them.")
 
 # %% ../nbs/26_sources.ipynb #60b65f84
@@ -412,6 +413,11 @@ def _check_target(out):
         raise SegsynError("The output folder holds something that is no dataset, and would be replaced.", where=out, found=", ".join(sorted(p.name for p in out.iterdir())[:8]), allowed="a new name, an empty folder, or a dataset", fix="Choose another folder.")
     if out.exists() and not out.is_dir(): raise SegsynError("The output folder is a file.", where=out, fix="Choose another name.")
 
+def _shuffled(pictures, seed):
+    "The pictures in an order drawn at random; as they are without a seed."
+    if seed is None: return pictures
+    return replace(pictures, names=tuple(pictures.names[i] for i in np.random.default_rng(derive_seed(seed, "import")).permutation(len(pictures))))
+
 def _samples(pictures, count, selective):
     "The pictures to write; where classes were chosen, those that show one."
     if not selective: return pictures[:count]
@@ -423,7 +429,8 @@ def import_dataset(
     folder: str | Path,                 # where it was unpacked
     split: str,                         # as the collection calls it
     out: str | Path,                    # the dataset; one that is there is replaced
-    count: int | None = None,           # only the first pictures, in the order of their keys; None for all
+    count: int | None = None,           # only the first pictures, in the order of their keys or of `seed`; None for all
+    seed: int | None = None,            # of the order; a count then draws at random, and a smaller one draws a part of the same
     captions: str | Path | None = None, # JSON file {picture: caption}; None for the collection's own, or a sentence from the class names
     size: int | None = None,            # pixels a side; None keeps the pictures' own sizes, which are mixed
     fit: str = "crop",                  # how a picture becomes a square: "crop" or "stretch"
@@ -437,8 +444,9 @@ def import_dataset(
     _check_target(out)
     options = {} if panoptic is None else {"panoptic": panoptic}
     space, pictures = read_source(source, folder, split, captions=captions, size=size, fit=fit, classes=classes, **options)
+    pictures = _shuffled(pictures, seed)
     (pictures if classes else pictures[:count]).check()
-    facts = {"source": source, "split": split, "count": count, "size": size, "fit": fit if size else None, "classes": None if classes is None else list(space.names), "captions": None if captions is None else file_sha256(captions), **options}
+    facts = {"source": source, "split": split, "count": count, "seed": seed, "size": size, "fit": fit if size else None, "classes": None if classes is None else list(space.names), "captions": None if captions is None else file_sha256(captions), **options}
     write_dataset(out, _samples(pictures, count, classes is not None), space, title or f"{source} {split}", facts, progress)
     return Path(out)
 
@@ -455,7 +463,8 @@ def main(
     parser.add_argument("--size", type=int, help="pixels a side of the square pictures (default: their own sizes)")
     parser.add_argument("--fit", default="crop", help="how a picture becomes a square: crop (default) or stretch")
     parser.add_argument("--captions", metavar="FILE", help="JSON file {picture: caption}")
-    parser.add_argument("--count", type=int, help="only the first pictures")
+    parser.add_argument("--count", type=int, help="only the first pictures, or as many at random with --seed")
+    parser.add_argument("--seed", type=int, help="draw the order of the pictures")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="the classes wanted; the others become background")
     parser.add_argument("--panoptic", action=argparse.BooleanOptionalAction, help="for COCO: things and stuff, or things and background (default: what is there)")
     options = parser.parse_args(arguments)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from segsyn.dataset import SegmentationDataset, check_dataset
+from segsyn.dataset import SegmentationDataset, check_dataset, load_test_sets
 from segsyn.files import SegsynError, folder_hashes
+from segsyn.run import copy_project, run_stage, stage_values
 from segsyn.sources import import_dataset, main, read_ade20k, read_coco, read_source, read_voc
 
 ROOT = Path(__file__).parent.parent
@@ -203,3 +204,26 @@ def test_command_line(voc, tmp_path, capsys):
     assert "1 pictures, 3 classes" in capsys.readouterr().out and SegmentationDataset(tmp_path / "out").space.names == ("background", "dog", "bird")
     done = subprocess.run([sys.executable, "-m", "segsyn.sources", "voc", str(voc), str(tmp_path / "new"), "--split", "val"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: There is no such split.") and "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_seed_draws_and_a_smaller_draw_is_a_part(voc, tmp_path):
+    keys = {}
+    for count in (2, 3):
+        import_dataset("voc", voc, "train", tmp_path / f"{count}", count, seed=5)
+        keys[count] = [r["image_file_name"] for r in SegmentationDataset(tmp_path / f"{count}").records]
+    assert set(keys[2]) < set(keys[3]) and len(keys[2]) == 2
+
+
+def test_the_pipeline_prepares_a_download(voc, tmp_path):
+    "One test set, the others empty; and nothing is read from the embedded cut-outs."
+    project = copy_project(ROOT, tmp_path / "project")
+    shutil.copy(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "val.txt")
+    run_stage("nbs/pipeline/01_prepare.ipynb", "prepare", ["source=voc", f"folder={voc}", "splits=[train,val]", "size=8", "train=2", "val=null", "oracle=null"], root=project)
+    tests = load_test_sets(project / "datasets")
+    assert {name: len(data) for name, data in tests.items()} == {"val-A": 3}
+    assert len(SegmentationDataset(project / "datasets" / "train")) == 2 and tests["val-A"][0].image.shape == (8, 8, 3)
+    assert "synthetic" not in (project / "datasets" / "train" / "README.md").read_text()
+
+
+def test_a_download_needs_a_place():
+    with pytest.raises(SegsynError, match="folder, splits"): stage_values("nbs/pipeline/01_prepare.ipynb", "prepare", ["source=voc"], root=ROOT)
