@@ -819,11 +819,13 @@ def train_uvit(
 
 # %% ../nbs/18_uvit.ipynb #52487ddf
 def uvit_card(
-    training: dict, # training.json of the trained folder
+    training: dict, # training.json of the trained folder; `before` lists the runs that it goes on from
     measured: dict, # uvit-measure.json
 ) -> str:           # markdown
     "The model card of the tiny transformer base."
     config = training["config"]
+    falls = {"constant": "", "cosine": ", falling to 0 along a cosine", "poly": ", falling to 0"}
+    runs = ", then ".join(f"{r['steps']:,} updates at learning rate {r['config']['learning_rate']}{falls[r['config']['schedule']]} (run `{r['fingerprint'][:16]}`)" for r in (*training.get("before", []), training))
     return f"""---
 license: gpl-2.0
 library_name: segsyn
@@ -835,7 +837,7 @@ A U-ViT as in UniDiffuser, small enough to ship. It draws 64x64 scenes of the St
 
 ## Training
 
-{training["steps"]} updates of batch {config["batch_size"]} at learning rate {config["learning_rate"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting, on the captioned corpus of `tiny-sd`. The small CLIP was trained on the same pictures before. Run fingerprint `{training["fingerprint"][:16]}`. Rebuild it with `dvc repro training/dvc.yaml`.
+{runs}; batch {config["batch_size"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting, on the captioned corpus of `tiny-sd`. The small CLIP was trained on the same pictures before. `dvc repro training/dvc.yaml` trains such a base from the embedded photographs.
 
 The loss: ![loss](curve.png)
 
