@@ -48,8 +48,8 @@ def show_images(
     columns = min(columns or 8, len(pictures))
     rows = math.ceil(len(pictures)/columns)
     tall = max(p.shape[0]/p.shape[1] for p in pictures)
-    lines = max((str(t).count("\n") + 1 for t in titles), default=0) if titles is not None else 0
-    figure = _ShownFigure(figsize=(columns*size, rows*(size*tall + 0.17*lines)), dpi=dpi, layout="constrained")
+    lines = [max((len(str(t).splitlines()) for t in (titles or ())[row*columns:(row + 1)*columns]), default=0) for row in range(rows)] # a row without titles has no space for them
+    figure = _ShownFigure(figsize=(columns*size, rows*size*tall + 0.17*sum(lines)), dpi=dpi, layout="constrained")
     for i, axis in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         axis.axis("off")
         if i >= len(pictures): continue
