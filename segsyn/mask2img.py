@@ -20,11 +20,11 @@ from torch import nn
 from .base import Base, DiffusionLoss, decode_latents, encode_prompts, load_base, predict_noise, sample_latents, use_explicit_attention
 from .dataset import Sample
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
-from .labels import LabelSpace, decode_colors, encode_mask
+from .labels import LabelSpace
 from .prompts import build_prompt
 from .segmenter import model_fingerprint
 from .synthesis import ChunkedMethod, Request, method_settings
-from .text2mask import ColorMapData, Text2MaskSettings, check_labels, load_text2mask, paint_masks
+from .text2mask import ColorCode, ColorMapData, Text2MaskSettings, check_labels, load_text2mask, paint_masks, save_labels
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/17_mask2img.ipynb #4b0acc0a
@@ -48,7 +48,7 @@ class MaskImageData(ColorMapData):
     def _picture(self, sample): return sample.image
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        maps = [encode_mask(self.dataset[i].mask, self.space)[:, ::-1 if mirrored else 1] for i, mirrored in self._drawn(items)]
+        maps = [self._map(self.dataset[i])[:, ::-1 if mirrored else 1] for i, mirrored in self._drawn(items)]
         return {**super().__getitems__(items), "colors": _condition(np.stack(maps))}
 
     def fingerprint(self) -> str: return fingerprint(["pictures", super().fingerprint()])
@@ -133,11 +133,12 @@ def save_mask2img(
     base: Base,                  # that it was trained with
     space: LabelSpace,           # colours it has learned
     folder: str | Path,          # where to; an existing folder is replaced
+    shades: int | None = None,   # of the ColorCode that it has learned
 ) -> Path:                       # the folder
-    "Write a ControlNet, its label space and its base's fingerprint, atomically."
+    "Write a ControlNet, its colour code and its base's fingerprint, atomically."
     with atomic_folder(folder) as partial:
         controlnet.save_pretrained(partial / "controlnet", safe_serialization=True)
-        space.save(partial / "labels.json")
+        save_labels(partial, space, shades)
         write_json(partial / "made_for.json", {"base": base.fingerprint})
     return Path(folder)
 
@@ -145,9 +146,10 @@ def load_mask2img(
     folder: str | Path, # from save_mask2img
     base: Base,         # to draw with
     space: LabelSpace,  # of the masks
+    shades: int | None = None, # of the ColorCode that maps are given in
 ) -> ControlNetModel:   # on the base's device, in evaluation mode
-    "Load a ControlNet. Raises SegsynError where it was trained for another label space or with another base."
-    check_labels(folder, space)
+    "Load a ControlNet. Raises SegsynError where it was trained for another label space or colour code, or with another base."
+    check_labels(folder, space, shades)
     known = read_json(Path(folder) / "made_for.json")["base"]
     if known != base.fingerprint: raise SegsynError("The ControlNet was trained with another base.", where=folder, found=known[:16], allowed=base.fingerprint[:16], fix="Train it again with this base: dvc repro mask2img.")
     return ControlNetModel.from_pretrained(Path(folder) / "controlnet", torch_dtype=base.unet.dtype).to(base.device).eval().requires_grad_(False)
@@ -163,23 +165,24 @@ class ImgSyn(ChunkedMethod):
         space: LabelSpace,                        # colours and classes
         settings: Mask2ImgSettings | dict | None = None, # settings all together
         device: str = "cpu", precision: str = "fp32", # for a base given by reference
+        shades: int | None = None,                # of the ColorCode that the ControlNet has learned
         **changes,                                # settings by name
     ):
         self.settings, self.space = method_settings(Mask2ImgSettings, settings, **changes), space
         self.base = base if isinstance(base, Base) else load_base(base, device, precision)
-        self.controlnet = controlnet.eval() if isinstance(controlnet, ControlNetModel) else load_mask2img(controlnet, self.base, space)
-        self.chunk_size = self.settings.chunk_size
+        self.controlnet = controlnet.eval() if isinstance(controlnet, ControlNetModel) else load_mask2img(controlnet, self.base, space, shades)
+        self.code, self.chunk_size = ColorCode(space, shades), self.settings.chunk_size
 
     def fingerprint(self) -> dict:
         "Everything that decides the bytes of a sample, besides its request."
-        return {"method": self.name, "base": self.base.fingerprint, "controlnet": model_fingerprint(self.controlnet), "precision": str(self.base.dtype), "labels": self.space.fingerprint(), "settings": self.settings.model_dump(mode="json")}
+        return {"method": self.name, "base": self.base.fingerprint, "controlnet": model_fingerprint(self.controlnet), "precision": str(self.base.dtype), "labels": self.code.fingerprint(), "settings": self.settings.model_dump(mode="json")}
 
 # %% ../nbs/17_mask2img.ipynb #1324ff23
 def _draw_sources(self, requests):
     for r in requests:
         if r.source is None or r.source.mask is None: raise SegsynError("A request has no mask to draw a picture for.", where=r.key, fix="Plan it with plan_imgsyn.")
     prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.base.tokenizers).text for r in requests]
-    images = draw_images(self.base, self.controlnet, np.stack([encode_mask(r.source.mask, self.space) for r in requests]), prompts, [r.seed for r in requests], self.settings)
+    images = draw_images(self.base, self.controlnet, np.stack([self.code.encode(r.source.mask, r.source.instances, r.key) for r in requests]), prompts, [r.seed for r in requests], self.settings)
     return [Sample(key=r.key, image=image, mask=r.source.mask, caption=r.caption, classes=r.classes, instances=r.source.instances, seed=r.seed, method=self.name,
                    extra={"prompt": prompt, "source": r.source.key}) for r, image, prompt in zip(requests, images, prompts)]
 
@@ -211,11 +214,12 @@ class MaskSyn(ChunkedMethod):
         paint: Text2MaskSettings | dict | None = None, # how masks are painted
         draw: Mask2ImgSettings | dict | None = None,   # how pictures are drawn; its chunk_size counts for both
         device: str = "cpu", precision: str = "fp32",  # for models given by reference
+        shades: int | None = None,                # of the ColorCode that both models have learned; the samples then have instances
     ):
         self.paint, self.space = method_settings(Text2MaskSettings, paint), space
-        self.painter = painter if isinstance(painter, Base) else load_text2mask(painter, space, device, precision)
-        self.images = ImgSyn(base, controlnet, space, draw, device, precision)
-        self.chunk_size = self.images.chunk_size
+        self.painter = painter if isinstance(painter, Base) else load_text2mask(painter, space, device, precision, shades)
+        self.images = ImgSyn(base, controlnet, space, draw, device, precision, shades)
+        self.code, self.chunk_size = self.images.code, self.images.chunk_size
 
     def fingerprint(self) -> dict:
         "Everything that decides the bytes of a sample, besides its request."
@@ -224,12 +228,12 @@ class MaskSyn(ChunkedMethod):
 # %% ../nbs/17_mask2img.ipynb #481aafa5
 def _paint_and_draw(self, requests):
     names = lambda r, style: build_prompt(r.caption, r.classes, style, self.painter.tokenizers).text
-    colors, masks, scores = paint_masks(self.painter, self.space, [names(r, self.paint.style) for r in requests], [r.seed for r in requests], self.paint)
+    colors, masks, instances, scores = paint_masks(self.painter, self.space, [names(r, self.paint.style) for r in requests], [r.seed for r in requests], self.paint, self.code.shades)
     prompts = [names(r, self.images.settings.style) for r in requests]
-    clean = np.stack([encode_mask(m, self.space) for m in decode_colors(colors, self.space)]) # doubtful pixels are ignored in the mask, not in the drawing
+    clean = np.stack([self.code.encode(*self.code.decode(c)) for c in colors]) # doubtful pixels are ignored in the mask, not in the drawing
     images = draw_images(self.images.base, self.images.controlnet, clean, prompts, [derive_seed(r.seed, "picture") for r in requests], self.images.settings)
     present = [tuple(self.space.names[i] for i in self.space.foreground_ids if (m == i).any()) for m in masks]
-    return [Sample(key=r.key, image=image, mask=mask, caption=r.caption, classes=own, seed=r.seed, method=self.name, scores=score, extra={"prompt": prompt, "asked": list(r.classes)})
-            for r, image, mask, own, score, prompt in zip(requests, images, masks, present, scores, prompts)]
+    return [Sample(key=r.key, image=image, mask=mask, caption=r.caption, classes=own, instances=ids, seed=r.seed, method=self.name, scores=score, extra={"prompt": prompt, "asked": list(r.classes)})
+            for r, image, mask, own, ids, score, prompt in zip(requests, images, masks, present, instances, scores, prompts)]
 
 MaskSyn._chunk = _paint_and_draw

@@ -1,5 +1,6 @@
 "Contracts of segsyn.panoptic: faults in words, exact resume, sizes and types that the notebook does not meet."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from scipy import ndimage
 from segsyn.dataset import Sample, SegmentationDataset, write_dataset
 from segsyn.files import SegsynError
 from segsyn.labels import LabelSpace, decode_colors
-from segsyn.panoptic import (InstanceData, MixedInstances, create_mask2former, decode_instances, encode_instances, evaluate_panoptic, instance_ap, load_mask2former, mask2former_recipe,
-                             panoptic_counts, panoptic_quality, predict_instances, predict_panoptic, predict_semantic, shade_space, train_mask2former)
+from segsyn.panoptic import (InstanceData, MixedInstances, code_ceiling, create_mask2former, evaluate_panoptic, instance_ap, load_mask2former, mask2former_recipe,
+                             panoptic_counts, panoptic_quality, predict_instances, predict_panoptic, predict_semantic, train_mask2former)
 from segsyn.segmenter import Augment, PairData
+from segsyn.text2mask import ColorCode, decode_instances, encode_instances, shade_space
 
 SPACE = LabelSpace.create(["disc", "square", "lawn"], things=["disc", "square"])
 SMALL = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_queries=5, train_num_points=64, num_attention_heads=2)
@@ -121,6 +123,33 @@ def test_nothing_but_seams_is_nothing():
     assert (mask == SPACE.ignore_id).all() and not ids.any()
 
 
+@pytest.mark.parametrize("shades", [None, 2, 3])
+def test_a_sample_comes_back_from_its_code(shades):
+    code = ColorCode(SPACE, shades)
+    for s in SCENES:
+        mask, ids = code.decode(code.encode(s.mask, s.instances, s.key), margin=10.0)
+        assert np.array_equal(mask, s.mask) and mask.dtype == SPACE.dtype
+        if shades is None: assert ids is None
+        else: assert len(np.unique(np.stack([s.instances.ravel(), ids.ravel()]), axis=1).T) == len(np.unique(s.instances)) == len(np.unique(ids))
+
+
+def test_what_cannot_be_read_belongs_to_no_instance():
+    code, s = ColorCode(SPACE, 2), SCENES[0]
+    rgb = code.encode(s.mask, s.instances)
+    row, column = np.argwhere(s.instances == 1)[20]
+    first, second = [np.array(code.palette.colors[k], int) for k in (2, code.palette.names.index("square, shade 2"))]
+    rgb[row, column] = (first + second) // 2 # a square, but which?
+    assert code.decode(rgb)[0][row, column] == 2
+    mask, ids = code.decode(rgb, margin=30.0)
+    assert mask[row, column] == SPACE.ignore_id and ids[row, column] == 0 and (mask != s.mask).sum() == 1
+
+
+def test_the_ceiling_of_an_autoencoder_that_loses_nothing_is_one():
+    same = SimpleNamespace(encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x)), decode=lambda x: SimpleNamespace(sample=x))
+    best = code_ceiling(same, SCENES, ColorCode(SPACE, 2), batch=3)
+    assert [best[k] for k in ("mean_iou", "PQ", "PQ things", "AP")] == [1, 1, 1, 1] and best["keys"] == [s.key for s in SCENES]
+
+
 # faults
 
 def faulty(case):
@@ -135,6 +164,9 @@ def faulty(case):
         "a predicted mask of another size": lambda: instance_ap([(s.mask, s.instances)], [[(s.instances[:8] == 1, 2, 0.5)]], SPACE),
         "a predicted instance of stuff": lambda: instance_ap([(s.mask, s.instances)], [[(s.instances == 1, 3, 0.5)]], SPACE),
         "no shade": lambda: shade_space(SPACE, 0),
+        "a code of no shade": lambda: ColorCode(SPACE, 0),
+        "a code without its instances": lambda: ColorCode(SPACE, 2).encode(s.mask, None, s.key),
+        "a ceiling without shades": lambda: code_ceiling(None, SCENES, ColorCode(SPACE)),
         "data with unknown ids": lambda: InstanceData([replace(s, mask=np.full_like(s.mask, 9))], SPACE)[0, 0],
         "data with instances of another size": lambda: InstanceData([replace(s, instances=s.instances[:16])], SPACE)[0, 0],
         "data without instances": lambda: InstanceData([replace(s, instances=None)], SPACE)[0, 0],
@@ -147,7 +179,7 @@ def faulty(case):
 
 @pytest.mark.parametrize("case, words", [("mask ids outside the space", "9 "), ("instances of another size", "(16, 32)"), ("predictions of another size", "differ in size"),
     ("instances that are no integers", "float"), ("counts of other classes", "(3, 4)"), ("a list too few", "1 lists for 2"), ("a predicted mask of another size", "(8, 32)"), ("a predicted instance of stuff", "no class of things"),
-    ("no shade", "shades"), ("data with unknown ids", "0000"), ("data with instances of another size", "0000"), ("data without instances", "no instance map"), ("data without a mask", "no mask"),
+    ("no shade", "shades"), ("a code of no shade", "shades"), ("a code without its instances", "no instance map"), ("a ceiling without shades", "does not paint instances"), ("data with unknown ids", "0000"), ("data with instances of another size", "0000"), ("data without instances", "no instance map"), ("data without a mask", "no mask"),
     ("an unknown target", "panoptic"), ("an unknown size", "swin-"), ("an unknown setting", "num_queries")])
 def test_faults_are_told_in_words(case, words):
     with pytest.raises(SegsynError) as caught: faulty(case)()

@@ -1,4 +1,5 @@
 "SegGen's methods through the synthesis engine, and the statistics of their masks against slow oracles."
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from segsyn.files import SegsynError, folder_hashes
 from segsyn.labels import LabelSpace
 from segsyn.mask2img import ImgSyn, MaskImageData, MaskSyn, create_controlnet, load_mask2img, plan_imgsyn, save_mask2img
 from segsyn.synthesis import Request, load_method, plan_requests, synthesise
-from segsyn.text2mask import ColorMapData, Text2Mask, class_agreement, clear_enough, load_text2mask, nearest_masks, save_text2mask
+from segsyn.text2mask import ColorCode, ColorMapData, Text2Mask, class_agreement, clear_enough, load_text2mask, nearest_masks, save_text2mask
 
 SPACE = LabelSpace.create(["disc", "box"], background="background")
 BASE = make_tiny_base("sd15")
@@ -44,6 +45,38 @@ def test_imgsyn_keeps_masks_and_instances(tmp_path, controlnet):
     assert not np.array_equal(data[0].image, data[4].image) # one mask, two pictures
     few = SegmentationDataset(synthesise(method, requests[:4], tmp_path/"few", SPACE, "ImgSyn", progress=False, root=tmp_path))
     assert all(np.array_equal(a.image, b.image) for a, b in zip(few, data))
+
+def test_imgsyn_with_shades_sees_instances_and_keeps_them(controlnet):
+    touching = scene(0)
+    touching.mask[:], touching.instances[:] = 0, 0
+    touching.mask[4:20, 4:28], touching.instances[4:20, 4:16], touching.instances[4:20, 16:28] = 1, 1, 2
+    seeing = deepcopy(controlnet)
+    seeing.controlnet_cond_embedding.conv_out.weight.data += 0.1 # so that the map has a say
+    merged = replace(touching, instances=np.minimum(touching.instances, 1))
+    two, one, blind = [ImgSyn(BASE, seeing, SPACE, steps=2, chunk_size=1, shades=n)(plan_imgsyn([s], 1, seed=1))[0] for n, s in ((2, touching), (2, merged), (None, touching))]
+    assert np.array_equal(two.instances, touching.instances) and np.array_equal(two.mask, touching.mask) and np.array_equal(blind.instances, touching.instances)
+    assert not np.array_equal(two.image, one.image)
+    with pytest.raises(SegsynError, match="no instance map"): ImgSyn(BASE, controlnet, SPACE, steps=1, shades=2)(plan_imgsyn([replace(touching, instances=None)], 1, seed=1))
+
+def test_masksyn_with_shades_brings_the_painted_instances(controlnet, monkeypatch):
+    mask, ids = np.zeros((SIDE, SIDE), np.uint8), np.zeros((SIDE, SIDE), np.uint16)
+    mask[4:20, 4:28], ids[4:20, 4:16], ids[4:20, 16:28] = 2, 1, 2
+    code, rng = ColorCode(SPACE, 2), np.random.default_rng(0)
+    def paint(painter, latents, **more): return np.stack([np.clip(code.encode(mask, ids) + rng.integers(-9, 10, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8) for _ in latents])
+    monkeypatch.setattr("segsyn.text2mask.decode_latents", paint)
+    method = MaskSyn(BASE, BASE, controlnet, SPACE, dict(steps=1), dict(steps=1, chunk_size=2), shades=2)
+    for made in method([Request(f"{k}", "two boxes", ("box",), k) for k in range(2)]):
+        assert np.array_equal(made.mask, mask) and made.classes == ("box",)
+        assert np.array_equal(made.instances > 0, ids > 0) and [len(np.unique(made.instances[ids == n])) for n in (1, 2)] == [1, 1] and made.instances.max() == 2
+
+def test_instances_count_where_they_are_painted_and_nowhere_else():
+    swapped = [replace(s, instances=np.minimum(s.instances, 1)) for s in SCENES]
+    one_class = [replace(s, mask=np.minimum(s.mask, 1)) for s in SCENES], [replace(s, mask=np.minimum(s.mask, 1)) for s in swapped]
+    for kind in (ColorMapData, MaskImageData):
+        plain, shaded = [[kind(data, BASE, SPACE, shades=n).fingerprint() for data in one_class] for n in (None, 2)]
+        assert plain[0] == plain[1] == kind(one_class[0], BASE, SPACE).fingerprint() and len({*plain, *shaded}) == 3
+    assert ColorCode(SPACE).fingerprint() == SPACE.fingerprint() != ColorCode(SPACE, 1).fingerprint() != ColorCode(SPACE, 2).fingerprint()
+    assert Text2Mask(BASE, SPACE, steps=1).fingerprint()["labels"] == SPACE.fingerprint()
 
 def test_masksyn_is_a_function_of_its_request(tmp_path, controlnet):
     method = MaskSyn(BASE, BASE, controlnet, SPACE, dict(steps=2, margin=5.0), dict(steps=2, chunk_size=2))
@@ -103,6 +136,15 @@ def test_models_remember_what_they_were_trained_for(tmp_path, controlnet):
         with pytest.raises(SegsynError, match="another label space"): call()
     with pytest.raises(SegsynError, match="another base"): load_mask2img(net, stranger, SPACE)
     with pytest.raises(SegsynError, match="no trained model"): load_text2mask(tmp_path, SPACE)
+
+def test_models_remember_their_colour_code(tmp_path, controlnet):
+    for shades in (None, 2):
+        painter, net = save_text2mask(BASE, SPACE, tmp_path/f"painter-{shades}", shades=shades), save_mask2img(controlnet, BASE, SPACE, tmp_path/f"net-{shades}", shades)
+        assert load_text2mask(painter, SPACE, shades=shades) and load_mask2img(net, BASE, SPACE, shades)
+        for other in {None, 2, 3} - {shades}:
+            for call in (lambda: load_text2mask(painter, SPACE, shades=other), lambda: load_mask2img(net, BASE, SPACE, other), lambda: Text2Mask(painter, SPACE, shades=other),
+                         lambda: ImgSyn(BASE, net, SPACE, shades=other), lambda: MaskSyn(painter, BASE, controlnet, SPACE, shades=other)):
+                with pytest.raises(SegsynError, match="another colour code"): call()
 
 def test_workers_make_the_same_bytes(tmp_path, controlnet):
     base, net = save_base(BASE, tmp_path/"base"), create_controlnet(BASE)
