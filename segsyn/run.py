@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Share', 'Sampler', 'Style', 'Layers', 'SCHEMAS', 'read_yaml', 'Section', 'BaseSection', 'Prepare', 'Attention',
            'Text2Mask', 'Mask2Img', 'SegGen', 'LabelVae', 'Joint', 'JoDiffusion', 'Oracle', 'Masks', 'Segment',
-           'Report', 'Sweeps', 'Corpus', 'Autoencoder', 'Denoiser', 'MeasureUvit', 'Measure', 'Speed', 'Uvit', 'Study',
-           'check_section', 'merge_params', 'read_params', 'read_setting', 'read_notebook', 'notebook_parameters',
-           'match_parameters', 'normalise_notebook', 'StageError', 'stage_values', 'run_stage', 'imported_modules',
-           'stage_modules', 'copy_project', 'run_profile', 'main']
+           'Report', 'Panoptic', 'Sweeps', 'Corpus', 'Autoencoder', 'Denoiser', 'MeasureUvit', 'Measure', 'Speed',
+           'Uvit', 'Study', 'check_section', 'merge_params', 'read_params', 'read_setting', 'read_notebook',
+           'notebook_parameters', 'match_parameters', 'normalise_notebook', 'StageError', 'stage_values', 'run_stage',
+           'imported_modules', 'stage_modules', 'copy_project', 'run_profile', 'main']
 
 # %% ../nbs/25_run.ipynb #f5175f39
 import argparse, ast, os, re, shutil, signal, subprocess, sys, tempfile, time
@@ -133,8 +133,13 @@ class _Generator(_Fit):
     guidance: Annotated[float, Field(ge=0)]
     chunk_size: PositiveInt
 
-# %% ../nbs/25_run.ipynb #a8c85a07
-class _SegGenModel(_Generator):
+# %% ../nbs/25_run.ipynb #9fb8d114
+class _Painted(Section):
+    "How SegGen paints masks. The defaults are the semantic pipeline; panoptic/dvc.yaml sets others."
+    shades: PositiveInt | None = None # colours of each class of things; null: instances are not painted
+    prefix: str = ""                  # before the names of models, datasets and results
+
+class _SegGenModel(_Generator, _Painted):
     "One of SegGen's two fine-tunings."
     caption_dropout: Share
 
@@ -147,7 +152,7 @@ class Mask2Img(_SegGenModel):
     "SegGen: colour maps to pictures."
     sampling_steps: Annotated[list[PositiveInt], Field(min_length=1)]
 
-class SegGen(Section):
+class SegGen(_Painted):
     "SegGen's two datasets."
     imgsyn: PositiveInt
     masksyn: PositiveInt
@@ -233,9 +238,21 @@ class Segment(Section):
     share: Share
     pasted: PositiveInt
 
+# %% ../nbs/25_run.ipynb #b83d2c29
 class Report(Section):
     "Tables and figures."
     gallery: PositiveInt
+
+class Panoptic(Section):
+    "Mask2Former on SegGen's instances."
+    shades: PositiveInt
+    recipes: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    share: Share
+    threshold: Share
 
 class Sweeps(Section):
     "SegGen's choices, varied."
@@ -328,7 +345,7 @@ class Layers(Section):
     thresholds: list[Share]
     taus: list[PositiveInt]
 
-SCHEMAS = dict(base=BaseSection, prepare=Prepare, oracle=Oracle, attention=Attention, masks=Masks, text2mask=Text2Mask, mask2img=Mask2Img, seggen=SegGen, label_vae=LabelVae, joint=Joint, jodiffusion=JoDiffusion, segment=Segment, report=Report, sweeps=Sweeps,
+SCHEMAS = dict(base=BaseSection, prepare=Prepare, oracle=Oracle, attention=Attention, masks=Masks, text2mask=Text2Mask, mask2img=Mask2Img, seggen=SegGen, label_vae=LabelVae, joint=Joint, jodiffusion=JoDiffusion, segment=Segment, report=Report, sweeps=Sweeps, panoptic=Panoptic,
                corpus=Corpus, autoencoder=Autoencoder, denoiser=Denoiser, measure=Measure, speed=Speed,
                layers=Layers, uvit=Uvit, measure_uvit=MeasureUvit, study=Study)
 

@@ -10,7 +10,7 @@ from segsyn.run import SCHEMAS, check_section, merge_params, notebook_parameters
 from segsyn.synthesis import METHODS
 
 ROOT = Path(__file__).parent.parent
-PIPELINES = {"dvc.yaml": "params.yaml", "sweeps/dvc.yaml": "params.yaml", "training/dvc.yaml": "training/params.yaml"}
+PIPELINES = {"dvc.yaml": "params.yaml", "sweeps/dvc.yaml": "params.yaml", "panoptic/dvc.yaml": "params.yaml", "training/dvc.yaml": "training/params.yaml"}
 
 
 def fill(obj, values):
