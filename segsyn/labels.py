@@ -209,6 +209,13 @@ def id_of(self: LabelSpace,
     "The id of a class. Raises SegsynError naming the nearest class."
     return _id_of(self.names, name)
 
+@patch
+def possible_ids(self: LabelSpace,
+    names: Iterable[str], # the classes of a picture
+) -> list[int]:           # theirs, and before them the background's if there is one
+    "Which ids the mask of a picture may show. Raises SegsynError naming the nearest class."
+    return [*([] if self.background is None else [self.background]), *(self.id_of(name) for name in names)]
+
 # %% ../nbs/03_labels.ipynb #c51de2fa
 @patch
 def save(self: LabelSpace,

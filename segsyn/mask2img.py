@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from .base import Base, DiffusionLoss, decode_latents, encode_prompts, load_base, predict_noise, sample_latents, use_explicit_attention
-from .dataset import Sample
+from .dataset import Sample, SegmentationDataset, StoredSample
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
 from .labels import LabelSpace
 from .prompts import build_prompt
@@ -31,9 +31,12 @@ from .training import TrainConfig, TrainResult, fit
 def create_controlnet(
     base: Base,            # whose denoiser is copied
     width: int = 16,       # channels of the first layer that sees the colour map; doubled at each halving
+    seed: int = 0,         # of the weights that are not the base's
 ) -> ControlNetModel:      # in fp32; its output is zero at first
     "A ControlNet for a base of any size (SegGen, section 3.2): as many halvings of the colour map as the autoencoder has."
-    return ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=control_widths(base.factor, width)).float().train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "controlnet") % 2**63)
+        return ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=control_widths(base.factor, width)).float().train()
 
 def control_widths(
     factor: int,     # pixels of the picture for a cell of the latent, a power of two
@@ -86,7 +89,7 @@ def train_mask2img(
     progress: bool = True,      # a progress bar
 ) -> tuple[ControlNetModel, TrainResult]: # in evaluation mode; saves and loads as diffusers does
     "Train a ControlNet on colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings."
-    controlnet, frozen = create_controlnet(base), copy.deepcopy(base.unet).float()
+    controlnet, frozen = create_controlnet(base, seed=config.seed), copy.deepcopy(base.unet).float()
     if (config.device or str(base.device)) == "cpu":
         for part in (frozen, controlnet): use_explicit_attention(part)
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
@@ -189,7 +192,7 @@ def _draw_sources(self, requests):
 ImgSyn._chunk = _draw_sources
 
 def plan_imgsyn(
-    dataset: Sequence[Sample],  # labelled samples
+    dataset: SegmentationDataset | Sequence[Sample], # labelled samples; those of a dataset on disk are read when they are drawn for
     count: int,                 # how many requests
     seed: int,                  # run seed
     prefix: str = "",           # before the number in each key
@@ -197,7 +200,8 @@ def plan_imgsyn(
     "Requests that go round the labelled samples: every mask once, then every mask again with another seed."
     requests = []
     for i in range(count):
-        source, key = dataset[i % len(dataset)], f"{prefix}{i:06d}"
+        place, key = i % len(dataset), f"{prefix}{i:06d}"
+        source = StoredSample(dataset, place) if isinstance(dataset, SegmentationDataset) else dataset[place]
         requests.append(Request(key, source.caption, source.classes, derive_seed(seed, "sample", key, 0), source=source, run_seed=seed))
     return requests
 

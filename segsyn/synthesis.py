@@ -66,7 +66,7 @@ def request_facts(
     source = None
     if isinstance(request.source, StoredSample): source = {"key": request.source.key, "sha256": request.source.sha256}
     elif request.source is not None:
-        pixels = [np.ascontiguousarray(a).tobytes() for a in (request.source.image, request.source.mask) if a is not None]
+        pixels = [np.ascontiguousarray(a).tobytes() for a in (request.source.image, request.source.mask, request.source.instances) if a is not None]
         source = {"key": request.source.key, "sha256": hashlib.sha256(b"|".join(pixels)).hexdigest()}
     return {"key": request.key, "caption": request.caption, "classes": request.classes, "seed": request.seed, "attempt": request.attempt, "source": source}
 
