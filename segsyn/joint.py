@@ -135,17 +135,11 @@ class JointLoss(MultimodalLoss):
         weights: dict | None = None,  # modality -> weight of its mean squared error; None: JOINT_WEIGHTS
         min_snr_gamma: float | None = 5.0, # Min-SNR weighting of times; None: all alike
         noise: str = "independent",   # "independent", or "shared": the paper's single epsilon for image and label
-        clean_text: float = 0.0,      # share of samples whose text is at time 0, 0..1; the other times of the text are uniform
+        clean_text: float = 0.0,      # as of MultimodalLoss
     ):
-        super().__init__(joint.base, JOINT_WEIGHTS if weights is None else weights, min_snr_gamma)
+        super().__init__(joint.base, JOINT_WEIGHTS if weights is None else weights, min_snr_gamma, clean_text)
         if noise not in ("independent", "shared"): raise SegsynError("There is no such noise.", where="noise", found=noise, allowed="independent, shared")
-        if not 0 <= clean_text <= 1: raise SegsynError("The share of clean texts is out of range.", where="clean_text", found=clean_text, allowed="0 to 1")
-        self.noise, self.clean_text = noise, clean_text
-
-    def draw_times(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        times = super().draw_times(count, generator)
-        if self.clean_text: times["text"] = times["text"]*(torch.rand(count, generator=generator) >= self.clean_text)
-        return times
+        self.noise = noise
 
     def draw_noise(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         noise = super().draw_noise(batch, generator)

@@ -311,6 +311,7 @@ class Uvit(_Fit):
     min_snr_gamma: PositiveFloat | None
     text_weight: Annotated[float, Field(ge=0)]
     clip_weight: Annotated[float, Field(ge=0)]
+    clean_text: Share
     clip_width: PositiveInt
     clip_layers: PositiveInt
     clip_steps: PositiveInt

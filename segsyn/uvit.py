@@ -662,14 +662,19 @@ class MultimodalLoss:
         base: UViTBase,               # gives schedule, prediction type and clocks
         weights: dict | None = None,  # modality -> weight of its mean squared error; None: image 1, text 0.25, clip 0.25
         min_snr_gamma: float | None = 5.0, # Min-SNR weighting of times; None: all alike
+        clean_text: float = 0.0,      # share of samples whose text is at time 0, 0..1; the other times of the text are uniform
     ):
+        if not 0 <= clean_text <= 1: raise SegsynError("The share of clean texts is out of range.", where="clean_text", found=clean_text, allowed="0 to 1")
+        self.clean_text = clean_text
         self.config, self.clocks, self.last = base.scheduler_config, {n: m.spec["clock"] for n, m in base.uvit.modalities.items()}, base.last_time
         self.weights, self.min_snr_gamma = {"image": 1.0, "text": 0.25, "clip": 0.25} if weights is None else dict(weights), min_snr_gamma
         _check_names("weights", self.weights, self.clocks)
 
     def draw_times(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         "A time for each clock and sample."
-        return {clock: torch.randint(self.last + 1, (count,), generator=generator) for clock in dict.fromkeys(self.clocks.values())}
+        times = {clock: torch.randint(self.last + 1, (count,), generator=generator) for clock in dict.fromkeys(self.clocks.values())}
+        if self.clean_text: times["text"] = times["text"]*(torch.rand(count, generator=generator) >= self.clean_text)
+        return times
 
     def draw_noise(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         "Noise for each modality, independent."
@@ -798,11 +803,12 @@ def train_uvit(
     min_snr_gamma: float | None = 5.0, # Min-SNR weighting
     facts: dict | None = None, # what else shapes the result
     prompts: Sequence[str] | None = None, # drawn twice each as the training goes on; None: one for each class of Stamps
+    clean_text: float = 0.0,   # share of samples whose text is without noise, 0..1
     progress: bool = True,     # a progress bar
 ) -> TrainResult:
     "Train the transformer as UniDiffuser was trained, with pictures of every class on the way."
     on_cpu = (config.device or str(base.device)) == "cpu"
-    shown, loss = list(class_prompts() if prompts is None else prompts)*2, MultimodalLoss(base, weights, min_snr_gamma)
+    shown, loss = list(class_prompts() if prompts is None else prompts)*2, MultimodalLoss(base, weights, min_snr_gamma, clean_text)
     seeds = [derive_seed(config.seed, "validation", k) for k in range(len(shown))]
 
     def validate(model, step, folder):
@@ -813,7 +819,7 @@ def train_uvit(
 
     base.uvit.requires_grad_(True).use_explicit_attention(on_cpu)
     result = fit(base.uvit, data, loss, config, folder, validate=validate, progress=progress,
-                 facts={**(facts or {}), "data": data.fingerprint(), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, "inputs": base.uvit.config.inputs, "norms": base.uvit.config.norms})
+                 facts={**(facts or {}), "data": data.fingerprint(), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, **({"clean_text": clean_text} if clean_text else {}), "inputs": base.uvit.config.inputs, "norms": base.uvit.config.norms})
     base.uvit.eval().requires_grad_(False).use_explicit_attention(False)
     return result
 
