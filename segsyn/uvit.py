@@ -831,7 +831,11 @@ def uvit_card(
     "The model card of the tiny transformer base."
     config = training["config"]
     falls = {"constant": "", "cosine": ", falling to 0 along a cosine", "poly": ", falling to 0"}
-    runs = ", then ".join(f"{r['steps']:,} updates at learning rate {r['config']['learning_rate']}{falls[r['config']['schedule']]} (run `{r['fingerprint'][:16]}`)" for r in (*training.get("before", []), training))
+    def told(r):
+        cut = f", cut short of {r['config']['steps']:,}" if r["steps"] < r["config"]["steps"] else ""
+        clean = f", {r['clean_text']:.0%} of the texts without noise" if r.get("clean_text") else ""
+        return f"{r['steps']:,} updates at learning rate {r['config']['learning_rate']}{falls[r['config']['schedule']]}{cut}{clean} (run `{r['fingerprint'][:16]}`)"
+    runs = "; then ".join(map(told, (*training.get("before", []), training)))
     return f"""---
 license: gpl-2.0
 library_name: segsyn
@@ -843,7 +847,7 @@ A U-ViT as in UniDiffuser, small enough to ship. It draws 64x64 scenes of the St
 
 ## Training
 
-{runs}; batch {config["batch_size"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting, on the captioned corpus of `tiny-sd`. The small CLIP was trained on the same pictures before. `dvc repro training/dvc.yaml` trains such a base from the embedded photographs.
+{runs}. Batch {config["batch_size"]}, averaged weights (decay {config["ema_decay"]}), v-prediction, Min-SNR weighting, on the captioned corpus of `tiny-sd`. The small CLIP was trained on the same pictures before. `dvc repro training/dvc.yaml` trains such a base from the embedded photographs.
 
 The loss: ![loss](curve.png)
 
