@@ -245,6 +245,7 @@ class Report(Section):
 
 class Panoptic(Section):
     "Mask2Former on SegGen's instances."
+    network: str
     shades: PositiveInt
     recipes: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]

@@ -144,8 +144,11 @@ def encode_corpus(vae: AutoencoderKL, # trained
                   progress: bool = True, # show a progress bar?
                   keep: str | Path | None = None, # a file that holds the latents of just these pictures; written if it is not there
                   ) -> torch.Tensor: # float32 (N, C, h, w), posterior means, not yet scaled
-    "Latents of every picture, computed once: training on them is several times faster than encoding at every step."
-    if keep is not None and Path(keep).exists(): return torch.from_numpy(np.load(keep))
+    "Latents of every picture, computed once: training on them is several times faster than encoding at every step. Raises SegsynError where another number is kept."
+    if keep is not None and Path(keep).exists():
+        kept = torch.from_numpy(np.load(keep))
+        if len(kept) != len(images): raise SegsynError("The kept latents are of other pictures.", where=keep, found=f"{len(kept)} latents", allowed=f"{len(images)}, one a picture", fix="Remove the file, or name another.")
+        return kept
     chunks = []
     for start in tqdm(range(0, len(images), batch_size), desc="latents", disable=None if progress else True, mininterval=2):
         pixels = torch.from_numpy(np.array(images[start:start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1

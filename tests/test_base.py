@@ -300,3 +300,11 @@ def test_unfinished_save_leaves_the_old_one(folder, bases):
     with torch.no_grad(): next(broken.unet.parameters()).view(-1)[0] = 1e6
     refused("not finite", lambda: save_base(broken, folder, half=True), "unet", "fp16")
     assert base_fingerprint(folder) == before and [p.name for p in folder.parent.iterdir()] == ["base"]
+
+
+def test_latents_are_kept_and_not_mistaken_for_others(tmp_path):
+    from segsyn.tiny_base import create_autoencoder, encode_corpus
+    vae, images = create_autoencoder((16, 16, 16)).eval(), np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    first = encode_corpus(vae, images, 3, False, tmp_path / "latents.npy")
+    assert torch.equal(encode_corpus(vae, 255 - images, 3, False, tmp_path / "latents.npy"), first), "read, not computed anew"
+    with pytest.raises(SegsynError, match="other pictures"): encode_corpus(vae, images[:2], 2, False, tmp_path / "latents.npy")
