@@ -142,15 +142,14 @@ class _Painted(Section):
 class _SegGenModel(_Generator, _Painted):
     "One of SegGen's two fine-tunings."
     caption_dropout: Share
+    sampling_steps: Annotated[list[PositiveInt], Field(min_length=1)] # each is tried
 
 class Text2Mask(_SegGenModel):
     "SegGen: captions to colour maps."
-    sampling_steps: PositiveInt
     margin: Annotated[float, Field(ge=0)]
 
 class Mask2Img(_SegGenModel):
     "SegGen: colour maps to pictures."
-    sampling_steps: Annotated[list[PositiveInt], Field(min_length=1)]
 
 class SegGen(_Painted):
     "SegGen's two datasets."
