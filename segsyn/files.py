@@ -6,12 +6,14 @@
 __all__ = ['SegsynError', 'nearest_name', 'settings_error', 'cli', 'find_root', 'canonical_json', 'fingerprint',
            'explain_difference', 'derive_seed', 'atomic_write', 'write_json', 'read_json', 'atomic_folder',
            'commit_folder', 'file_sha256', 'folder_hashes', 'write_manifest', 'verify_manifest', 'work_folder',
-           'LockedError', 'folder_lock']
+           'LockedError', 'folder_lock', 'worker_pool', 'side_by_side']
 
 # %% ../nbs/01_files.ipynb #c3c4d475
-import dataclasses, difflib, hashlib, json, os, shutil, socket, sys
+import dataclasses, difflib, hashlib, json, multiprocessing, os, shutil, socket, sys, threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
@@ -300,3 +302,38 @@ def folder_lock(
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+# %% ../nbs/01_files.ipynb #7135f3a0
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+def _start_worker(start, inputs):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start: start(*inputs)
+
+@contextmanager
+def worker_pool(
+    workers: int,                   # processes
+    start: Callable | None = None,  # called first in each of them; from a module, since it is pickled
+    *inputs,                        # of `start`
+) -> Iterator[ProcessPoolExecutor]:
+    "A pool of fresh processes that end with this one; on the way out, calls that run are waited for. Raises SegsynError where a worker dies."
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(start, inputs))
+    try: yield pool
+    except BrokenProcessPool as error:
+        raise SegsynError("A worker process ended by itself.", found=str(error), fix="Often the memory ran out: use fewer workers or a smaller chunk. A script that starts workers needs `if __name__ == \"__main__\":`. Run again to go on.") from error
+    finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../nbs/01_files.ipynb #1c3492d9
+def side_by_side(
+    function: Callable,             # from a module, where there are several workers
+    calls: Sequence[tuple],         # the arguments of each call
+    workers: int = 1,               # processes; 1: here, one after the other
+    start: Callable | None = None,  # called first in each process
+    inputs: tuple = (),             # of `start`
+) -> list:                          # what the calls return, in their order
+    "Call a function several times, so many calls at once. What a call raises is raised here. Raises SegsynError where a worker dies."
+    if workers == 1 or len(calls) < 2: return [function(*c) for c in calls]
+    with worker_pool(min(workers, len(calls)), start, *inputs) as pool:
+        return [future.result() for future in [pool.submit(function, *c) for c in calls]]

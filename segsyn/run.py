@@ -231,6 +231,7 @@ class Segment(Section):
     segmenter: str
     backbone: str | None
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    workers: PositiveInt
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat

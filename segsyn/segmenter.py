@@ -6,8 +6,8 @@
 __all__ = ['IMAGE_MEAN', 'IMAGE_STD', 'SEGMENTERS', 'RECIPE', 'segmentation_loss', 'UNetSegmenterConfig', 'UNetSegmenter',
            'dilate_backbone', 'DeepLabV3Config', 'DeepLabV3', 'create_segmenter', 'load_segmenter', 'Augment',
            'augment_pair', 'PairData', 'MixedData', 'segmenter_recipe', 'segmenter_loss', 'train_segmenter',
-           'predict_masks', 'evaluate_segmenter', 'Cutting', 'cut_objects', 'copy_paste', 'relabel_dataset',
-           'model_fingerprint']
+           'predict_masks', 'evaluate_segmenter', 'train_and_test', 'Cutting', 'cut_objects', 'copy_paste',
+           'relabel_dataset', 'model_fingerprint']
 
 # %% ../nbs/11_segmenter.ipynb #071538f0
 import hashlib, math
@@ -23,7 +23,7 @@ from scipy import ndimage
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel, ResNetBackbone, ResNetConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
-from .files import SegsynError, derive_seed, fingerprint, nearest_name
+from .files import SegsynError, derive_seed, fingerprint, nearest_name, work_folder
 from .labels import LabelSpace, check_mask
 from .metrics import class_iou, confusion_matrix, iou_table, mean_iou
 from .dataset import Sample, SegmentationDataset, write_dataset
@@ -446,7 +446,7 @@ class MixedData:
 MixedData.__getitem__, MixedData.__getitems__ = _one_pair, _many_pairs
 
 # %% ../nbs/11_segmenter.ipynb #45842472
-RECIPE = dict(steps=800, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=400, log_every=50)
+RECIPE = dict(steps=500, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=400, log_every=50)
 
 def segmenter_recipe(
     **changes,     # fields of TrainConfig
@@ -553,6 +553,28 @@ def evaluate_segmenter(
     total = confusions.sum(axis=0)
     ious = {name: None if np.isnan(v) else float(v) for name, v in zip(space.names, class_iou(total))}
     return {"keys": keys, "confusions": confusions, "mean_iou": float(mean_iou(total)), "class_iou": ious}
+
+# %% ../nbs/11_segmenter.ipynb #7537bc6d
+def train_and_test(
+    config: TrainConfig,       # its seed decides the first weights, too
+    name: str,                 # of the work folder
+    data: PairData | MixedData,
+    tests: dict,               # name -> SegmentationDataset or list of Sample
+    first: PairData | None = None, # trained on before `data`
+    segmenter: str = "unet",   # a key of SEGMENTERS
+    backbone: str | None = None, # as in create_segmenter
+    shown: int = 5,            # scenes of each test set whose masks are kept
+) -> dict:                     # history; scores {test set: as from evaluate_segmenter}; masks {test set: uint8 (shown, H, W)}
+    "One training, from the first weights to the test sets; an interrupted one goes on in its work folder. Raises SegsynError as its parts do."
+    model = create_segmenter(segmenter, data.space, seed=config.seed, backbone_weights=backbone)
+    facts = {"config": config, "segmenter": segmenter, "backbone": backbone, "data": data.fingerprint()}
+    if first is not None:
+        before = {**facts, "data": first.fingerprint()}
+        model = train_segmenter(model, first, work_folder(f"pretrain-{name}", before), config).model.train()
+        facts["pretrained"] = before
+    result = train_segmenter(model, data, work_folder(f"segment-{name}", facts), config)
+    return {"history": result.history, "scores": {split: evaluate_segmenter(result.model, test) for split, test in tests.items()},
+            "masks": {split: np.stack(predict_masks(result.model, [test[i].image for i in range(min(shown, len(test)))])[0]) for split, test in tests.items()}}
 
 # %% ../nbs/11_segmenter.ipynb #8878533d
 @dataclass(frozen=True)

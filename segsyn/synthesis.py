@@ -8,13 +8,12 @@ __all__ = ['METHODS', 'Request', 'request_facts', 'Method', 'check_method', 'fil
            'count_rejects', 'contact_sheet', 'synthesise']
 
 # %% ../nbs/12_synthesis.ipynb #07bb2629
-import errno, functools, hashlib, heapq, importlib, inspect, itertools, multiprocessing, os, pickle, platform, shutil, signal, sys, threading, time
+import errno, functools, hashlib, heapq, importlib, inspect, itertools, os, pickle, platform, shutil, signal, sys, threading, time
 import numpy as np
 import torch
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from .files import (SegsynError, atomic_folder, atomic_write, derive_seed, explain_difference, file_sha256, fingerprint,
-                          folder_lock, nearest_name, read_json, settings_error, work_folder, write_json)
+                          folder_lock, nearest_name, read_json, settings_error, work_folder, worker_pool, write_json)
 from .labels import LabelSpace
 from .pictures import overlay_mask, tile_images
 from .dataset import Sample, StoredSample, check_key, finish_dataset, png_bytes, read_metadata, write_sample
@@ -390,28 +389,14 @@ def _start(work, resume, say):
 # %% ../nbs/12_synthesis.ipynb #f001a82a
 _worker = {}
 
-def _end_with_parent():
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
 def _start_worker(recipe, threads, folder, space, accept):
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(method=check_method(recipe()), folder=folder, space=space, accept=accept)
 
 def _work(requests): return make_chunk(_worker["method"], requests, _worker["folder"], _worker["space"], _worker["accept"])
 
 # %% ../nbs/12_synthesis.ipynb #a3d839bd
-@contextmanager
-def _worker_pool(workers, *start):
-    "A pool of fresh processes; on the way out, running chunks are finished and written."
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=start)
-    try: yield pool
-    except BrokenProcessPool as error:
-        raise SegsynError("A worker process ended by itself.", found=str(error), fix="Often the memory ran out: use fewer workers or a smaller chunk. A script that starts workers needs `if __name__ == \"__main__\":`. Run again to go on.") from error
-    finally: pool.shutdown(wait=True, cancel_futures=True)
-
 def _share(pool, workers, chunks):
     "Outcomes of chunks as they are finished; never more than two chunks a worker are given out."
     waiting, running = iter(chunks), set()
@@ -560,7 +545,7 @@ def _chunk_runner(stack, method, recipe, workers, threads, work, space, accept):
     except Exception as error: raise SegsynError("Recipe and acceptance function have to be picklable for workers.", where="method, accept", found=str(error), fix="Define them in a module, not in a notebook or as a lambda.") from None
     pool = []
     def run(chunks):
-        if chunks and not pool: pool.append(stack.enter_context(_worker_pool(workers, recipe, threads, work, space, accept)))
+        if chunks and not pool: pool.append(stack.enter_context(worker_pool(workers, _start_worker, recipe, threads, work, space, accept)))
         return _share(pool[0], workers, chunks) if chunks else iter(())
     return run
 
