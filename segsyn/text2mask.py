@@ -361,7 +361,7 @@ def check_labels(
 ) -> None:
     "Raises SegsynError where a model's label space is missing or another one, or its colours tell instances in another way."
     path = Path(folder) / "labels.json"
-    if not path.is_file(): raise SegsynError("There is no trained model of SegGen here.", where=folder, found="no labels.json", fix="Train it first: dvc repro text2mask mask2img.")
+    if not path.is_file(): raise SegsynError("There is no trained model here.", where=folder, found="no labels.json", fix="Train it first: `dvc repro` trains those of the pipeline.")
     known = LabelSpace.load(path)
     if known.fingerprint() != space.fingerprint():
         raise SegsynError("The model was trained for another label space.", where=path, found=", ".join(known.names)[:80], allowed=", ".join(space.names)[:80] + " with the same colours", fix="Train it again on this label space.")
