@@ -33,14 +33,14 @@ from .training import TrainConfig, TrainResult, fit
 def bit_count(
     num_classes: int, # of the label space, 2 or more
 ) -> int:             # ceil(log2(num_classes)), at least 1
-    "Bits that a class index needs (JoDiffusion, section 3.1)."
+    "Bits that a class index needs (JoDiffusion, section Annotation VAE)."
     return max(1, (num_classes - 1).bit_length())
 
 def label_bits(
     masks: np.ndarray | Tensor, # (B, H, W) class ids; ignored pixels carry the ignore id
     space: LabelSpace,          # number of classes and ignore id
 ) -> Tensor:                    # float32 (B, n, H, W): -1 or 1, the lowest bit first; ignored pixels are 0
-    "Class indices as bits (JoDiffusion, section 3.1). Raises SegsynError for ids outside the space."
+    "Class indices as bits (JoDiffusion, section Annotation VAE). Raises SegsynError for ids outside the space."
     return label_codes(_checked(masks, space), space)
 
 def _checked(masks, space):
@@ -105,7 +105,7 @@ def _decoder_layers(outputs, channels, latent_channels):
 
 # %% ../nbs/21_label_vae.ipynb #90bf8ae2
 class LabelVAE(ModelMixin, ConfigMixin):
-    "An autoencoder of label maps (JoDiffusion, section 3.1). Raises SegsynError for settings that cannot work."
+    "An autoencoder of label maps (JoDiffusion, section Annotation VAE). Raises SegsynError for settings that cannot work."
     @register_to_config
     def __init__(self,
         num_classes: int,              # of the label space, 2 or more
@@ -113,7 +113,7 @@ class LabelVAE(ModelMixin, ConfigMixin):
         latent_channels: int = 4,      # numbers in a cell of the latent
         channels: list = [16, 64, 128], # widths at full size, half, quarter, ...: one halving between each two
         code: str = "bits",            # a name of CODES
-        scaling_factor: float = 1.0,   # brings latents to unit variance
+        scaling_factor: float = 1.0,   # standard deviation of the latents over the training masks
     ):
         super().__init__()
         _check_label_vae(num_classes, ignore_id, latent_channels, channels, code)
@@ -161,7 +161,7 @@ def create_label_vae(
     code: str = "bits",           # a name of CODES
     seed: int = 0,                # of the first weights
 ) -> LabelVAE:                    # untrained
-    "A label autoencoder whose latents have the shape of the image latents (JoDiffusion, section 3.1). Raises SegsynError where the widths do not fit."
+    "A label autoencoder whose latents have the shape of the image latents (JoDiffusion, section Annotation VAE). Raises SegsynError where the widths do not fit."
     levels = len(vae.config.block_out_channels)
     channels = [16, 64, *[128]*levels][:levels] if channels is None else list(channels)
     if len(channels) != levels: raise SegsynError("The widths do not fit the image autoencoder.", where="channels", found=channels, allowed=f"{levels} widths, for a latent {2**(levels - 1)} times smaller than the image")
@@ -267,7 +267,7 @@ def train_label_vae(
     facts: dict | None = None,  # what else decides the result
     progress: bool = True,      # a progress bar
 ) -> tuple[LabelVAE, TrainResult]: # with latents of unit variance, and the history
-    "Train a label autoencoder on masks alone (JoDiffusion, section 3.1). Raises SegsynError where the folder holds a run with other settings."
+    "Train a label autoencoder on masks alone (JoDiffusion, section Annotation VAE). Raises SegsynError where the folder holds a run with other settings."
     data = masks if isinstance(masks, MaskData) else MaskData(masks, space)
     model = create_label_vae(space, vae, channels, latent_channels, code, config.seed)
     model.encode(data.mask(0)[None]) # refuses a size that does not fit, before anything is computed
@@ -282,7 +282,7 @@ def train_label_vae(
 def encode_labels(
     label_vae: LabelVAE,          # trained
     masks: np.ndarray | Tensor,   # integer (B, H, W)
-) -> Tensor:                      # float32 (B, C, h, w), unit variance over the training masks
+) -> Tensor:                      # float32 (B, C, h, w), with standard deviation `scaling_factor` over the training masks
     "Masks as latents: the mean of the posterior. Raises SegsynError as `LabelVAE.encode`."
     return label_vae.encode(masks).mean.float()*label_vae.config.scaling_factor
 
@@ -292,7 +292,7 @@ def decode_labels(
     latents: Tensor,            # float (B, C, h, w), of `encode_labels` or drawn by a diffusion model
     confidence: float = 0.0,    # pixels whose largest probability is below become ignored (the paper's code: 0.5)
 ) -> tuple[np.ndarray, np.ndarray]: # masks (B, H, W), uint8 or above 255 ids uint16; largest probabilities, float32 (B, H, W)
-    "Latents as masks (JoDiffusion, section 3.1). Raises SegsynError where shape or limit cannot be."
+    "Latents as masks (JoDiffusion, section Annotation VAE). Raises SegsynError where shape or limit cannot be."
     if latents.ndim != 4 or latents.shape[1] != label_vae.config.latent_channels:
         raise SegsynError("These are no latents of this autoencoder.", where="latents", found=tuple(latents.shape), allowed=f"(number, {label_vae.config.latent_channels}, height, width)")
     if not 0 <= confidence <= 1: raise SegsynError("The confidence is a probability.", where="confidence", found=confidence, allowed="0 to 1")

@@ -211,7 +211,7 @@ def pixel_losses(
 def class_losses(
     losses: Sequence[np.ndarray], # of pixel_losses
     masks: Sequence[np.ndarray],  # the masks that they were computed with
-    num_classes: int,
+    num_classes: int,             # K, of the label space
 ) -> np.ndarray:                  # float64 (K,), NaN for classes without pixels
     "The mean loss of each class over all pixels of a dataset (FreeMask's filter)."
     total, count = np.zeros(num_classes), np.zeros(num_classes)

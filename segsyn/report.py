@@ -257,8 +257,7 @@ def pair_numbers(
     found = {name: read_json(Path(folder)/f"{name}.json") for name in ("attention", "masks", "seggen", "jodiffusion") if (Path(folder)/f"{name}.json").exists()}
     own, rows = {**found.get("seggen", {}), **{name: found[name] for name in ("attention", "jodiffusion") if name in found}}, []
     if "attention" in own:
-        agreement = found.get("masks", {}).get("oracle_on_generated", {}).get("uncertainty", {}).get("miou")
-        own["attention"] = {"samples": own["attention"]["images"], "oracle_miou": agreement, "operations": own["attention"].get("operations"), **{k: own["attention"].get(f"mean {k}") for k in ("foreground", "ignored")}}
+        own["attention"] = {"samples": own["attention"]["images"], "oracle_miou": found.get("masks", {}).get("oracle_miou"), "operations": own["attention"].get("operations"), **{k: own["attention"].get(f"mean {k}") for k in ("foreground", "ignored")}}
     for name, method in _pair_files.items():
         if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}})
     return pd.DataFrame(rows, columns=["dataset", "method", "samples", "agreement", "foreground", "ignored", "operations"])

@@ -70,7 +70,7 @@ def test_pairs_of_every_method_that_was_measured(tmp_path):
     write_json(tmp_path/"attention.json", {"images": 8, "mean foreground": 0.3, "mean ignored": 0.04, "operations": 3e10})
     write_json(tmp_path/"jodiffusion.json", {"samples": 9, "oracle_miou": 0.5, "foreground": 0.2, "ignored": 0.0, "operations": 6e10})
     assert pair_table(tmp_path)["the oracle's mIoU against their masks"].tolist() == ["–", "50.0"], "without the mask study nothing is known of Dataset Diffusion's agreement"
-    write_json(tmp_path/"masks.json", {"oracle_on_generated": {"uncertainty": {"miou": 0.57}}})
+    write_json(tmp_path/"masks.json", {"oracle_miou": 0.57})
     write_json(tmp_path/"seggen.json", {name: {"samples": 7, "oracle_miou": 0.4, "foreground": 0.2, "ignored": 0.0} for name in ("imgsyn", "masksyn")})
     numbers, table = pair_numbers(tmp_path), pair_table(tmp_path)
     assert numbers.dataset.tolist() == ["attention", "imgsyn", "masksyn", "jodiffusion"] and numbers.samples.tolist() == [8, 7, 7, 9]
