@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'TEST_SETS', 'Sample', 'check_key', 'png_bytes', 'check_sample', 'sample_record', 'write_sample',
            'dataset_card', 'finish_dataset', 'write_dataset', 'PictureError', 'read_image', 'read_mask', 'safe_path',
-           'read_metadata', 'SegmentationDataset', 'StoredSample', 'load_test_sets', 'scene_groups', 'Problem',
-           'check_record', 'check_dataset', 'main']
+           'read_metadata', 'SegmentationDataset', 'StoredSample', 'LimitedCache', 'load_test_sets', 'scene_groups',
+           'load_captioned_set', 'Problem', 'check_record', 'check_dataset', 'main']
 
 # %% ../nbs/05_dataset.ipynb #9e214693
 import argparse, copy, html, importlib.metadata, io, json, os, re, struct, sys, unicodedata, warnings, zlib
@@ -431,6 +431,27 @@ class StoredSample:
         files = [self.alone.folder/name for column, name in sorted(self.alone.records[0].items()) if column.endswith("_file_name") and name]
         return fingerprint([_file_hash(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
 
+# %% ../nbs/05_dataset.ipynb #f4d7f0e2
+def _bytes(value):
+    "Of the arrays and tensors in a value."
+    if isinstance(value, (tuple, list)): return sum(map(_bytes, value))
+    if isinstance(value, dict): return sum(map(_bytes, value.values()))
+    return getattr(value, "nbytes", 0)
+
+class LimitedCache(dict):
+    "Values made before, up to so many bytes of arrays; what is beyond is made again whenever it is asked for."
+    def __init__(self,
+        limit: int = 4 << 30, # bytes
+    ):
+        super().__init__()
+        self.left = limit
+
+    def keep(self, key, value):
+        "The value, remembered where there is room."
+        size = _bytes(value)
+        if key not in self and size <= self.left: self[key], self.left = value, self.left - size
+        return value
+
 # %% ../nbs/05_dataset.ipynb #7f0d4f75
 TEST_SETS = ("val-A", "val-B", "unseen") # known objects, objects that only the generator has seen, objects and places nobody has seen
 
@@ -448,6 +469,15 @@ def scene_groups(
     "What intervals are drawn over; see `metrics.bootstrap_mean_iou`."
     groups = [(r.get("extra") or {}).get("cutouts") for r in dataset.records]
     return groups if all(groups) else None
+
+# %% ../nbs/05_dataset.ipynb #ee4b8d79
+def load_captioned_set(
+    folder: str | Path,      # a dataset
+) -> SegmentationDataset:    # its records that name a class
+    "A labelled set as generators use it. Raises SegsynError where no picture shows a class."
+    data = SegmentationDataset(folder).subset(lambda record: bool(record.get("classes")))
+    if not len(data): raise SegsynError("No picture shows a class.", where=folder, fix="Generators need labelled pictures with objects.")
+    return data
 
 # %% ../nbs/05_dataset.ipynb #20b72c23
 @dataclass(frozen=True)

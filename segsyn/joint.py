@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .base import decode_latents, encode_images
-from .dataset import Sample, SegmentationDataset
+from .dataset import LimitedCache, Sample, SegmentationDataset
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint
 from .label_vae import LabelVAE, decode_labels, encode_labels, load_label_vae, save_label_vae
 from .labels import LabelSpace, check_mask
@@ -97,7 +97,7 @@ class JointData(ColorMapData):
         keep: bool = True,      # keep what is encoded in memory, of both mirror images
     ):
         super().__init__(dataset, joint.base.parts, joint.space, style, flip, keep)
-        self.joint, self.pairs = joint, {}
+        self.joint, self.pairs = joint, LimitedCache()
 
     def _picture(self, sample): return sample.image
 
@@ -120,8 +120,7 @@ def _pair(self, index: int, mirrored: bool) -> tuple[dict[str, Tensor], str]:
     check_mask(sample.mask, self.space, sample.key)
     turned = [np.ascontiguousarray(a[:, ::-1 if mirrored else 1])[None] for a in (sample.image, sample.mask)]
     pair = {"image": latent, "clip": base.encode_clip(turned[0])[0].cpu(), "label": encode_labels(self.joint.label_vae, turned[1])[0].float().cpu()}, prompt
-    if self.keep: self.pairs[index, mirrored] = pair
-    return pair
+    return self.pairs.keep((index, mirrored), pair) if self.keep else pair
 
 JointData._pair = _pair
 

@@ -20,7 +20,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dataset import Sample, SegmentationDataset
+from .base import resolve_device
+from .dataset import LimitedCache, Sample, SegmentationDataset
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint
 from .hub import load_pretrained
 from .labels import LabelSpace, check_mask
@@ -206,7 +207,7 @@ class MaskData:
         flip: float = 0.5,                      # probability of the mirror image
         keep: bool = True,                      # keep masks in memory
     ):
-        self.source, self.space, self.flip, self.keep, self.kept = source, space or getattr(source, "space", None), flip, keep, {}
+        self.source, self.space, self.flip, self.keep, self.kept = source, space or getattr(source, "space", None), flip, keep, LimitedCache()
         if self.space is None: raise SegsynError("The label space is not known.", where="space", fix="Pass space= along with a list.")
         if not len(source): raise SegsynError("There is nothing to train on.", where="source", found="no masks")
 
@@ -219,8 +220,8 @@ class MaskData:
         where, mask = (item.key, item.mask) if isinstance(item, Sample) else (f"mask {index}", item)
         if mask is None: raise SegsynError("A sample has no mask.", where=where, fix="Leave it out, or label it first.")
         check_mask(mask, self.space, where)
-        if self.keep: self.kept[index] = np.asarray(mask).astype(self.space.dtype)
-        return np.asarray(mask).astype(self.space.dtype)
+        mask = np.asarray(mask).astype(self.space.dtype)
+        return self.kept.keep(index, mask) if self.keep else mask
 
 # %% ../nbs/21_label_vae.ipynb #eaa6ea0f
 def _mask_batch(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -342,4 +343,4 @@ def load_label_vae(
 ) -> LabelVAE:                        # ready to use
     "Load a label autoencoder. Raises SegsynError where it was trained for another label space."
     check_labels(folder, space)
-    return load_pretrained(LabelVAE, folder).eval().requires_grad_(False).to(device)
+    return load_pretrained(LabelVAE, folder).eval().requires_grad_(False).to(resolve_device(device))

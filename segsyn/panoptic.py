@@ -156,7 +156,10 @@ def instance_ap(
     if len(truths) != len(predictions): raise SegsynError("Each picture needs its list of predictions.", "instance_ap", f"{len(predictions)} lists for {len(truths)} pictures")
     true = [a for k, (mask, instances) in enumerate(truths) for a in _true_annotations(k, mask, instances, space)]
     found = [a for k, (each, (mask, _)) in enumerate(zip(predictions, truths)) for a in _found_annotations(k, each, mask, space)]
-    sizes = [np.shape(mask) for mask, _ in truths]
+    return _average_precision([np.shape(mask) for mask, _ in truths], true, found, space)
+
+def _average_precision(sizes, true, found, space):
+    "The table of `instance_ap` from COCO's annotations."
     judge = COCOeval(_coco(sizes, true, space), _coco(sizes, found, space), "segm")
     with contextlib.redirect_stdout(io.StringIO()): judge.evaluate(); judge.accumulate()
     precision = np.where(judge.eval["precision"] < 0, np.nan, judge.eval["precision"])[:, :, :, 0, -1] # IoU, recall, class; all areas
@@ -276,19 +279,18 @@ class InstanceData(PairData):
 # %% ../nbs/19_panoptic.ipynb #8152a70b
 def _segmented(self, index):
     "Picture, map of segments (int32; -1 for none) and their classes, checked when first read."
-    if index not in self.cache:
-        which = int(np.searchsorted(self.stops, index, side="right"))
-        sample = self.datasets[which][int(index - (self.stops[which - 1] if which else 0))]
-        if sample.mask is None: raise SegsynError("A sample has no mask.", sample.key, fix="Leave it out, or label it first.")
-        if sample.mask.shape != sample.image.shape[:2]: raise SegsynError("Picture and mask differ in size.", sample.key, f"{sample.image.shape[:2]} and {sample.mask.shape}")
-        if self.target != "semantic" and sample.instances is None: raise SegsynError("A sample has no instance map.", sample.key, fix="Use target='semantic', or a dataset with instances.")
-        instances = np.zeros(sample.mask.shape, int) if self.target == "semantic" else sample.instances
-        number, classes, numbers = _segments(sample.mask, instances, self.space, sample.key)
-        things = np.array(self.space.things)[classes]
-        wanted = {"panoptic": ~things | (numbers > 0), "instance": things & (numbers > 0), "semantic": np.ones(len(classes), bool)}[self.target]
-        table = np.append(np.where(wanted, np.cumsum(wanted) - 1, -1), -1).astype(np.int32)
-        self.cache[index] = sample.image, table[number].reshape(sample.mask.shape), classes[wanted]
-    return self.cache[index]
+    if index in self.cache: return self.cache[index]
+    which = int(np.searchsorted(self.stops, index, side="right"))
+    sample = self.datasets[which][int(index - (self.stops[which - 1] if which else 0))]
+    if sample.mask is None: raise SegsynError("A sample has no mask.", sample.key, fix="Leave it out, or label it first.")
+    if sample.mask.shape != sample.image.shape[:2]: raise SegsynError("Picture and mask differ in size.", sample.key, f"{sample.image.shape[:2]} and {sample.mask.shape}")
+    if self.target != "semantic" and sample.instances is None: raise SegsynError("A sample has no instance map.", sample.key, fix="Use target='semantic', or a dataset with instances.")
+    instances = np.zeros(sample.mask.shape, int) if self.target == "semantic" else sample.instances
+    number, classes, numbers = _segments(sample.mask, instances, self.space, sample.key)
+    things = np.array(self.space.things)[classes]
+    wanted = {"panoptic": ~things | (numbers > 0), "instance": things & (numbers > 0), "semantic": np.ones(len(classes), bool)}[self.target]
+    table = np.append(np.where(wanted, np.cumsum(wanted) - 1, -1), -1).astype(np.int32)
+    return self.cache.keep(index, (sample.image, table[number].reshape(sample.mask.shape), classes[wanted]))
 
 # %% ../nbs/19_panoptic.ipynb #be4b02c8
 def _segment_arrays(self, pair):
@@ -443,20 +445,25 @@ def evaluate_panoptic(
 ) -> dict:                             # keys, confusions (N,K,K), counts (N,K,4), and the figures mean_iou, PQ, PQ things, AP, AP50
     "Semantic, panoptic and instance quality from one pass. Raises SegsynError where the classes differ, or a sample has no instances."
     space = _space_of(model, space or getattr(dataset, "space", None))
-    samples = [dataset[i] for i in range(len(dataset))]
-    for s in samples:
-        if s.mask is None or s.instances is None: raise SegsynError("A sample has no mask or no instance map.", s.key)
-    confusions, counts, found = np.zeros((len(samples), space.num_classes, space.num_classes), np.int64), np.zeros((len(samples), space.num_classes, 4)), [None] * len(samples)
-    things = torch.tensor(space.things, device=next(model.parameters()).device)
-    for k, classes, logits in _answers(model, [s.image for s in samples], batch, precision):
-        confusions[k] = confusion_matrix(samples[k].mask, _semantic(classes, logits).cpu().numpy(), space.num_classes, space.ignore_id)
-        counts[k] = panoptic_counts(samples[k].mask, samples[k].instances, *_panoptic(classes, logits, space, threshold, overlap), space)
-        found[k] = _instances(classes, logits, things, 0.0)
-    return {"keys": [s.key for s in samples], **_summary(samples, confusions, counts, found, space)}
+    confusions, counts = np.zeros((len(dataset), space.num_classes, space.num_classes), np.int64), np.zeros((len(dataset), space.num_classes, 4))
+    things, keys, sizes, true, found = torch.tensor(space.things, device=next(model.parameters()).device), [], [], [], []
+    for start in range(0, len(dataset), 8 * batch): # pixels of a few pictures are in memory, run lengths of all
+        samples = [dataset[i] for i in range(start, min(start + 8 * batch, len(dataset)))]
+        for k, s in enumerate(samples, start):
+            if s.mask is None or s.instances is None: raise SegsynError("A sample has no mask or no instance map.", s.key)
+            true += _true_annotations(k, s.mask, s.instances, space)
+        for i, classes, logits in _answers(model, [s.image for s in samples], batch, precision):
+            k, s = start + i, samples[i]
+            confusions[k] = confusion_matrix(s.mask, _semantic(classes, logits).cpu().numpy(), space.num_classes, space.ignore_id)
+            counts[k] = panoptic_counts(s.mask, s.instances, *_panoptic(classes, logits, space, threshold, overlap), space)
+            found += _found_annotations(k, _instances(classes, logits, things, 0.0), s.mask, space)
+        keys, sizes = keys + [s.key for s in samples], sizes + [s.mask.shape for s in samples]
+    return {"keys": keys, **_summary(sizes, true, found, confusions, counts, space)}
 
-def _summary(samples, confusions, counts, found, space):
+def _summary(sizes, true, found, confusions, counts, space):
     "The tables of the scenes, and the figures of all together."
-    quality, precision = panoptic_quality(counts, space), instance_ap([(s.mask, s.instances) for s in samples], found, space)
+    found = sorted(found, key=lambda a: a["image_id"])
+    quality, precision = panoptic_quality(counts, space), _average_precision(sizes, true, found, space)
     return {"confusions": confusions, "counts": counts, "mean_iou": float(mean_iou(confusions.sum(0))), "PQ": float(quality.loc["all", "PQ"]),
             "PQ things": float(quality.loc["things", "PQ"]), "AP": float(precision.loc["mean", "AP"]), "AP50": float(precision.loc["mean", "AP50"])}
 
@@ -484,5 +491,6 @@ def code_ceiling(
     back = [code.decode(m) for k in range(0, len(maps), batch) for m in reconstruct(vae, maps[k:k + batch])]
     confusions = np.stack([confusion_matrix(s.mask, m, space.num_classes, space.ignore_id, abstain=True) for s, (m, _) in zip(samples, back)])
     counts = np.stack([panoptic_counts(s.mask, s.instances, m, i, space) for s, (m, i) in zip(samples, back)])
-    found = [[(i == n, int(m[i == n][0]), 1.0) for n in np.unique(i[i > 0])] for m, i in back]
-    return {"keys": [s.key for s in samples], **_summary(samples, confusions, counts, found, space)}
+    found = [a for k, (s, (m, i)) in enumerate(zip(samples, back)) for a in _found_annotations(k, [(i == n, int(m[i == n][0]), 1.0) for n in np.unique(i[i > 0])], s.mask, space)]
+    true = [a for k, s in enumerate(samples) for a in _true_annotations(k, s.mask, s.instances, space)]
+    return {"keys": [s.key for s in samples], **_summary([s.mask.shape for s in samples], true, found, confusions, counts, space)}

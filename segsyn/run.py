@@ -13,6 +13,7 @@ __all__ = ['Share', 'Sampler', 'Style', 'Layers', 'SCHEMAS', 'read_yaml', 'Secti
 # %% ../nbs/25_run.ipynb #f5175f39
 import argparse, ast, os, re, shutil, signal, subprocess, sys, tempfile, time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import nbformat
@@ -127,6 +128,8 @@ class _Fit(_Training):
 
 class _Generator(_Fit):
     "A fine-tuning of a generator, and the samples that measure it."
+    gradient_accumulation: PositiveInt # parts that an update is computed in: less memory
+    gradient_checkpointing: bool       # compute activations twice: less memory, a third more time
     style: Style
     samples: PositiveInt
     sampler: Sampler
@@ -631,6 +634,17 @@ def copy_project(
     return folder
 
 # %% ../nbs/25_run.ipynb #da982474
+def _run_group(command, **settings):
+    "Run a command to its end; when this process is asked to stop, so is all that the command has started, before anything is cleared away."
+    process = subprocess.Popen(command, start_new_session=True, **settings)
+    try: return process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            with suppress(ProcessLookupError): # a stage writes its checkpoint first
+                for _ in range(600): os.killpg(process.pid, 0); time.sleep(0.1)
+
 def run_profile(
     profile: str,                       # a name in profiles/
     targets: Iterable[str] = (),        # stages; all of them if empty
@@ -653,7 +667,7 @@ def run_profile(
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]), "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(copy)}
         dvc = [sys.executable, "-m", "dvc"]
         if not (copy/"data").is_dir() and (copy/"data.dvc").is_file(): subprocess.run([*dvc, "pull", "data.dvc"], cwd=copy, env=environment, check=True)
-        return subprocess.run([*dvc, "repro", *targets], cwd=copy, env=environment).returncode
+        return _run_group([*dvc, "repro", *targets], cwd=copy, env=environment)
     finally:
         if not folder: shutil.rmtree(copy, ignore_errors=True)
 

@@ -6,7 +6,7 @@
 __all__ = ['saved_bytes', 'StepCost', 'training_cost', 'drawing_cost', 'describe_training', 'describe_joint_training']
 
 # %% ../nbs/23_scale.ipynb #a38c9844
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -131,26 +131,31 @@ def describe_training(
     steps: int,                 # of the run
     control: bool = False,      # a ControlNet is trained, not the denoiser
     factor: int = 8,            # pixels a cell
+    parts: int = 1,             # that a step is computed in, one after the other (gradient accumulation)
+    checkpointing: bool = False, # activations are computed twice, and hardly any are kept
 ) -> str:                       # one line
     "What a training will cost, in words."
     with torch.device("meta"):
         shape = UNet2DConditionModel.from_config(unet.config).bfloat16()
         beside = ControlNetModel.from_unet(shape, conditioning_embedding_out_channels=control_widths(factor), load_weights_from_unet=False).bfloat16() if control else None
-    cost = training_cost(shape, size, batch, beside, factor)
-    return _in_words(cost, batch, steps)
+    cost = training_cost(shape, size, batch // parts, beside, factor, checkpointing=checkpointing)
+    return _in_words(replace(cost, operations=cost.operations * parts), batch, steps)
 
 # %% ../nbs/23_scale.ipynb #67cfbb36
 def describe_joint_training(
     uvit: UViT,   # with its label tokens; the count is made on a copy of its shape
     batch: int,   # pairs a step
     steps: int,   # of the run
+    parts: int = 1, # as in describe_training
+    checkpointing: bool = False, # as in describe_training
 ) -> str:         # one line
     "What a training of the joint transformer will cost, in words (JoDiffusion, joint diffusion)."
     with torch.device("meta"):
-        shape = UViT.from_config(uvit.config).bfloat16().train()
+        shape, batch = UViT.from_config(uvit.config).bfloat16().train(), batch // parts
         values = {name: torch.empty(batch, *m.shape, dtype=torch.bfloat16) for name, m in shape.modalities.items()}
         times = {clock: torch.empty(batch) for clock in shape.config.clocks}
+    if checkpointing: shape.enable_gradient_checkpointing()
     forward = lambda: sum(out.float().sum() for out in shape(values, times).values())
     activations, count = saved_bytes(forward, shape), sum(p.numel() for p in shape.parameters())
     with FlopCounterMode(display=False) as counter: forward().backward()
-    return _in_words(StepCost(count, count, float(counter.get_total_flops()), 22 * count, activations), batch, steps)
+    return _in_words(StepCost(count, count, float(parts * counter.get_total_flops()), 22 * count, activations), batch * parts, steps)

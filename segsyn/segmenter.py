@@ -26,10 +26,10 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from .files import SegsynError, derive_seed, fingerprint, nearest_name, work_folder
 from .labels import LabelSpace, check_mask
 from .metrics import class_iou, confusion_matrix, iou_table, mean_iou
-from .dataset import Sample, SegmentationDataset, write_dataset
+from .dataset import LimitedCache, Sample, SegmentationDataset, write_dataset
 from .prompts import simple_prompt
 from .hub import load_pretrained, resolve_model
-from .base import resolve_precision
+from .base import resolve_device, resolve_precision
 from .training import TrainConfig, TrainResult, fit
 from .pictures import overlay_mask, show_images, tile_images
 
@@ -268,7 +268,7 @@ def _load_backbone(model, reference):
 def load_segmenter(
     reference: str | Path,          # a folder, or "org/name@revision"
     space: LabelSpace | None = None,# the label space the caller works in; None accepts any
-    device: str = "cpu",            # where the weights go
+    device: str | torch.device = "cpu", # where the weights go; "auto": a GPU where there is one
 ) -> PreTrainedModel:               # in eval mode
     "A saved segmenter. Raises SegsynError where its classes differ from `space`, or where weights are missing or left over."
     folder = resolve_model(reference, required=("config.json",))
@@ -277,7 +277,7 @@ def load_segmenter(
     model, info = AutoModelForSemanticSegmentation.from_pretrained(folder, config=config, use_safetensors=True, output_loading_info=True)
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if wrong: raise SegsynError("The weights do not fit the network.", where=reference, found="; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in wrong.items()), fix="Save it again with save_pretrained.")
-    return model.to(device).eval()
+    return model.to(resolve_device(device)).eval()
 
 def _config_names(config):
     return tuple((getattr(config, "label_space", None) or {}).get("names") or [config.id2label[i] for i in range(config.num_labels)])
@@ -363,7 +363,7 @@ class PairData:
         self.datasets, self.augment = list(datasets) if several else [datasets], augment
         spaces = [s for s in [space, *[getattr(d, "space", None) for d in self.datasets]] if s is not None]
         if not spaces: raise SegsynError("The label space is not known.", where="space", fix="Pass space= along with a list of samples.")
-        self.space, self.cache = spaces[0], {}
+        self.space, self.cache = spaces[0], LimitedCache()
         for i, other in enumerate(spaces[1:]): _same_classes(other.names, self.space, f"label space of dataset {i}")
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self.stops = np.cumsum([len(d) for d in self.datasets])
@@ -384,14 +384,13 @@ def _data_fingerprint(dataset):
 
 def _pair(self, index):
     "Image and mask of one sample, checked when first read."
-    if index not in self.cache:
-        which = int(np.searchsorted(self.stops, index, side="right"))
-        sample = self.datasets[which][int(index - (self.stops[which - 1] if which else 0))]
-        if sample.mask is None: raise SegsynError("A sample has no mask.", where=sample.key, fix="Leave it out, or label it first.")
-        if sample.mask.shape != sample.image.shape[:2]: raise SegsynError("Picture and mask differ in size.", where=sample.key, found=f"{sample.image.shape[:2]} and {sample.mask.shape}")
-        check_mask(sample.mask, self.space, sample.key)
-        self.cache[index] = sample.image, sample.mask
-    return self.cache[index]
+    if index in self.cache: return self.cache[index]
+    which = int(np.searchsorted(self.stops, index, side="right"))
+    sample = self.datasets[which][int(index - (self.stops[which - 1] if which else 0))]
+    if sample.mask is None: raise SegsynError("A sample has no mask.", where=sample.key, fix="Leave it out, or label it first.")
+    if sample.mask.shape != sample.image.shape[:2]: raise SegsynError("Picture and mask differ in size.", where=sample.key, found=f"{sample.image.shape[:2]} and {sample.mask.shape}")
+    check_mask(sample.mask, self.space, sample.key)
+    return self.cache.keep(index, (sample.image, sample.mask))
 
 PairData._pair = _pair
 
@@ -511,7 +510,7 @@ def _fixed_chunks(images, batch):
 def predict_masks(
     model: nn.Module,                     # any segmentation model of this module or of transformers with logits
     images: Sequence[np.ndarray],         # uint8 (H, W, 3), sizes may differ
-    batch: int = 32,                      # pictures a pass
+    batch: int = 32,                      # pictures a pass; fewer of large ones with many classes
     flip: bool = False,                   # also look at the mirror image
     scales: Sequence[float] = (1.0,),     # also look at other sizes
     allowed: Sequence[Sequence[int]] | None = None, # for each picture the class ids that may occur; None: all
@@ -522,6 +521,7 @@ def predict_masks(
     mean, std = [np.asarray(getattr(model.config, name, default), np.float32) for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD))]
     masks, confidence, dtype = [None] * len(images), [None] * len(images), resolve_precision(precision, device.type)
     model.eval()
+    batch = max(1, min(batch, 2**26 // max([i.shape[0] * i.shape[1] * model.config.num_labels for i in images], default=1))) # 0.3 GB of probabilities at once
     for chunk in _fixed_chunks(images, batch):
         filled = [images[k] for k in chunk] + [images[chunk[-1]]] * (batch - len(chunk))
         pixels = torch.from_numpy(((np.stack(filled).astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).copy()).to(device)

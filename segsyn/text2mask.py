@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['shade_space', 'check_instances', 'encode_instances', 'decode_instances', 'ColorCode', 'ColorMapData',
            'train_text2mask', 'Text2MaskSettings', 'paint_masks', 'map_doubt', 'save_text2mask', 'load_text2mask',
-           'save_labels', 'check_labels', 'Text2Mask', 'clear_enough', 'nearest_masks', 'class_agreement']
+           'save_labels', 'check_labels', 'Text2Mask', 'clear_enough', 'nearest_masks', 'coarse_mask',
+           'class_agreement']
 
 # %% ../nbs/16_text2mask.ipynb #6c1956d8
 import copy
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
 from .base import Base, DiffusionLoss, decode_latents, encode_images, encode_prompts, load_base, sample_latents, save_base, use_explicit_attention
-from .dataset import Sample, SegmentationDataset
+from .dataset import LimitedCache, Sample, SegmentationDataset
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
 from .labels import LabelSpace, check_mask, color_distance, decode_colors, encode_mask
 from .prompts import build_prompt
@@ -215,7 +216,7 @@ class ColorMapData:
         shades: int | None = None, # of the ColorCode; None: instances are not painted
     ):
         self.dataset, self.base, self.style, self.flip, self.keep = dataset, base, style, flip, keep
-        self.space, self.kept = space or getattr(dataset, "space", None), {}
+        self.space, self.kept = space or getattr(dataset, "space", None), LimitedCache()
         if self.space is None: raise SegsynError("The label space is not known.", where="space", fix="Pass space= along with a list of samples.")
         self.code = ColorCode(self.space, shades)
         if not len(dataset): raise SegsynError("There is nothing to train on.", where="dataset", found="no samples")
@@ -239,8 +240,7 @@ def _color_latent(self, index: int, mirrored: bool) -> tuple[torch.Tensor, str]:
     if not sample.caption.strip(): raise SegsynError("A sample has no caption.", where=sample.key, fix="Caption it first; Text2Mask learns from captions.")
     picture = self._picture(sample)
     pair = encode_images(self.base, np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)[None])[0].float().cpu(), build_prompt(sample.caption, sample.classes, self.style, self.base.tokenizers).text
-    if self.keep: self.kept[index, mirrored] = pair
-    return pair
+    return self.kept.keep((index, mirrored), pair) if self.keep else pair
 
 def _drawn(self, items): return [(int(i), derive_seed(seed, "flip") / 2**63 < self.flip) for i, seed in items]
 
@@ -418,20 +418,30 @@ def nearest_masks(
     training: Sequence[np.ndarray],  # of the same size
     space: LabelSpace,               # tells background and ignored pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # for each mask: index of the most similar training mask, and their IoU, 0..1
-    "The most similar training mask, mirrored or not, by the IoU of labelled foreground; 0 where both are empty."
+    "The most similar training mask, mirrored or not, by the IoU of labelled foreground; 0 where both are empty. Sides above 127 are thinned by `coarse_mask`."
     known = np.stack([_foreground(m, space) for m in training])
     index, best = np.zeros(len(masks), np.int64), np.zeros(len(masks))
     for k, mask in enumerate(masks):
-        for view in (mask, mask[:, ::-1]):
-            own = _foreground(view, space)
-            both, either = ((known == own) & (own > 0)).sum(axis=(1, 2)), ((known > 0) | (own > 0)).sum(axis=(1, 2))
-            iou = both / np.maximum(either, 1)
-            if iou.max() > best[k]: index[k], best[k] = iou.argmax(), iou.max()
+        own = _foreground(mask, space)
+        for view in (own, own[:, ::-1]):
+            for start in range(0, len(known), 2048): # so that hundreds of thousands take no more memory than a few
+                part = known[start:start + 2048]
+                both, either = ((part == view) & (view > 0)).sum(axis=(1, 2)), ((part > 0) | (view > 0)).sum(axis=(1, 2))
+                iou = both / np.maximum(either, 1)
+                if iou.max() > best[k]: index[k], best[k] = start + iou.argmax(), iou.max()
     return index, best
+
+def coarse_mask(
+    mask: np.ndarray, # (H, W) class ids
+) -> np.ndarray:      # every n-th pixel, so that the shorter side is 64 to 127; as it is below that
+    "Enough of a mask to see whether a layout is a copy; a hundred thousand of them fit in memory."
+    step = max(1, min(mask.shape) // 64)
+    return mask[step // 2::step, step // 2::step]
 
 def _foreground(mask, space):
     "Class ids plus one; 0 for background and ignored pixels."
-    return np.where(np.isin(mask, space.foreground_ids), mask.astype(np.int32) + 1, 0)
+    coarse = coarse_mask(mask)
+    return np.where(np.isin(coarse, space.foreground_ids), coarse.astype(np.int32) + 1, 0).astype(np.uint16)
 
 # %% ../nbs/16_text2mask.ipynb #3c3ce633
 def class_agreement(

@@ -151,8 +151,8 @@ def encode_corpus(vae: AutoencoderKL, # trained
         return kept
     chunks = []
     for start in tqdm(range(0, len(images), batch_size), desc="latents", disable=None if progress else True, mininterval=2):
-        pixels = torch.from_numpy(np.array(images[start:start + batch_size])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        chunks.append(vae.encode(pixels).latent_dist.mean)
+        pixels = torch.from_numpy(np.array(images[start:start + batch_size])).permute(0, 3, 1, 2).to(vae.device).float() / 127.5 - 1
+        chunks.append(vae.encode(pixels).latent_dist.mean.cpu())
     latents = torch.cat(chunks)
     if keep is not None: atomic_write(keep, _npy(latents))
     return latents
@@ -256,9 +256,11 @@ def reconstruct(vae: AutoencoderKL, # trained
                 images: np.ndarray, # uint8 (B, H, W, 3)
                 ) -> np.ndarray: # uint8 (B, H, W, 3)
     "Pictures through the autoencoder and back."
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    size = max(1, 2**22 // (images.shape[1] * images.shape[2])) # pictures a pass, so that large ones fit
+    if len(images) > size: return np.concatenate([reconstruct(vae, images[k:k + size]) for k in range(0, len(images), size)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device).float() / 127.5 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-    return (decoded.clamp(-1, 1) * 127.5 + 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    return (decoded.clamp(-1, 1) * 127.5 + 127.5).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 
 # %% ../nbs/14_tiny_base.ipynb #42dbe9d1
 def plain_prompt(*names: str, # of one class or several

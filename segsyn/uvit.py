@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .base import Base, add_noise, decode_latents, encode_prompts, make_sampler, min_snr_weights, resolve_precision, training_target
+from .base import Base, add_noise, decode_latents, encode_prompts, make_sampler, min_snr_weights, resolve_device, resolve_precision, training_target
 from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, fingerprint, read_json, write_json
 from .hub import load_pretrained, resolve_model
 from .pictures import tile_images
@@ -600,11 +600,11 @@ _PARTS = {"UViTBase": _own_parts} # kind of folder -> (parts, folder of the toke
 
 def load_uvit_base(
     reference: str | Path,              # a folder, or org/name@revision
-    device: str | torch.device = "cpu", # where to
+    device: str | torch.device = "cpu", # where to; "auto": a GPU where there is one
     precision: str = "fp32",            # of the transformer: "auto", "fp32", "bf16", "fp16"
 ) -> UViTBase:                          # ready to sample
     "Load what `save_uvit_base` wrote, or a UniDiffuserPipeline. Raises SegsynError for missing files or weights, another kind of folder, parts that do not fit."
-    folder = resolve_model(reference)
+    folder, device = resolve_model(reference), resolve_device(device)
     index = read_json(folder/"model_index.json")
     kind = index.get("_class_name")
     if kind not in _PARTS: raise SegsynError("This is no transformer base.", where=reference, found=kind, allowed=", ".join(_PARTS), fix="Load a Stable Diffusion base with load_base.")
@@ -613,7 +613,7 @@ def load_uvit_base(
     schedule = {k: v for k, v in read_json(folder/"scheduler"/"scheduler_config.json").items() if k not in ("_class_name", "_diffusers_version")}
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=tokenizer, local_files_only=True)
     base = UViTBase(**parts, tokenizer=tokenizer, scheduler_config=schedule, reference=str(reference), dtype=resolve_precision(precision, device))
-    if torch.device(device).type != "cpu": base.uvit.to(base.dtype)
+    if device.type != "cpu": base.uvit.to(base.dtype)
     return base
 
 # %% ../nbs/18_uvit.ipynb #8b9d4da9

@@ -145,7 +145,7 @@ def test_what_cannot_be_read_belongs_to_no_instance():
 
 
 def test_the_ceiling_of_an_autoencoder_that_loses_nothing_is_one():
-    same = SimpleNamespace(encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x)), decode=lambda x: SimpleNamespace(sample=x))
+    same = SimpleNamespace(device="cpu", encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x)), decode=lambda x: SimpleNamespace(sample=x))
     best = code_ceiling(same, SCENES, ColorCode(SPACE, 2), batch=3)
     assert [best[k] for k in ("mean_iou", "PQ", "PQ things", "AP")] == [1, 1, 1, 1] and best["keys"] == [s.key for s in SCENES]
 

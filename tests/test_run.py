@@ -185,3 +185,12 @@ def test_a_stopped_stage_ends_its_kernel(project, number, statuses):
 
 def test_schemas_know_the_samplers_and_prompt_styles_that_there_are():
     assert set(get_args(Sampler)) == set(SAMPLERS) and set(get_args(Style)) == set(PROMPT_STYLES)
+
+def test_what_a_profile_started_ends_before_its_folder_is_cleared(tmp_path):
+    grandchild = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path(sys.argv[1], 'saved').touch(), sys.exit(0)))\npathlib.Path(sys.argv[1], 'begun').touch()\ntime.sleep(60)"
+    child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}, sys.argv[1]]).wait()"
+    outer = f"import signal, sys\nfrom segsyn.run import _run_group, _stop\nsignal.signal(signal.SIGTERM, _stop)\n_run_group([sys.executable, '-c', {child!r}, sys.argv[1]])"
+    process = subprocess.Popen([sys.executable, "-c", outer, str(tmp_path)])
+    while not (tmp_path/"begun").exists(): assert process.poll() is None; time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM and (tmp_path/"saved").exists(), "the stage was not waited for"
