@@ -445,7 +445,7 @@ class MixedData:
 MixedData.__getitem__, MixedData.__getitems__ = _one_pair, _many_pairs
 
 # %% ../nbs/11_segmenter.ipynb #45842472
-RECIPE = dict(steps=500, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=400, log_every=50)
+RECIPE = dict(steps=800, batch_size=32, learning_rate=4e-3, weight_decay=1e-2, warmup_steps=50, schedule="poly", precision="auto", checkpoint_every=400, log_every=50)
 
 def segmenter_recipe(
     **changes,     # fields of TrainConfig
