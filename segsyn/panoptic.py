@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.utils import logging as transformers_logging
-from .files import SegsynError, derive_seed, fingerprint, nearest_name, read_json
+from .files import SegsynError, derive_seed, fingerprint, read_json
 from .labels import LabelSpace
 from .metrics import _count, _drawn_weights, confusion_matrix, mean_iou
 from .pictures import tile_images
@@ -32,7 +32,7 @@ from .base import resolve_precision
 from .tiny_base import reconstruct
 from .training import TrainConfig, TrainResult, fit
 from .text2mask import ColorCode, check_instances
-from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _fixed_chunks, _same_classes, augment_pair, segmenter_loss
+from .segmenter import IMAGE_MEAN, IMAGE_STD, MixedData, PairData, _config_names, _fixed_chunks, _hint, _same_classes, augment_pair, segmenter_loss
 
 # %% ../nbs/19_panoptic.ipynb #ed399250
 def _segments(mask, instances, space, where):
@@ -213,10 +213,6 @@ def create_mask2former(
         own.load_state_dict(type(own)(config.backbone_config).state_dict())
     if weights is not None: _load_weights(model, weights, space)
     return model.train()
-
-def _hint(name, allowed):
-    near = nearest_name(name, allowed)
-    return f"Did you mean {near!r}?" if near else "Choose one of these."
 
 # %% ../nbs/19_panoptic.ipynb #ee00e201
 def _load_weights(model, reference, space):

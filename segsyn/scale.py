@@ -138,7 +138,7 @@ def describe_training(
     with torch.device("meta"):
         shape = UNet2DConditionModel.from_config(unet.config).bfloat16()
         beside = ControlNetModel.from_unet(shape, conditioning_embedding_out_channels=control_widths(factor), load_weights_from_unet=False).bfloat16() if control else None
-    cost = training_cost(shape, size, batch // parts, beside, factor, checkpointing=checkpointing)
+    cost = training_cost(shape, size, max(1, batch // parts), beside, factor, checkpointing=checkpointing)
     return _in_words(replace(cost, operations=cost.operations * parts), batch, steps)
 
 # %% ../nbs/23_scale.ipynb #67cfbb36
@@ -151,7 +151,7 @@ def describe_joint_training(
 ) -> str:         # one line
     "What a training of the joint transformer will cost, in words (JoDiffusion, joint diffusion)."
     with torch.device("meta"):
-        shape, batch = UViT.from_config(uvit.config).bfloat16().train(), batch // parts
+        shape, batch = UViT.from_config(uvit.config).bfloat16().train(), max(1, batch // parts)
         values = {name: torch.empty(batch, *m.shape, dtype=torch.bfloat16) for name, m in shape.modalities.items()}
         times = {clock: torch.empty(batch) for clock in shape.config.clocks}
     if checkpointing: shape.enable_gradient_checkpointing()
