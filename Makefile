@@ -25,7 +25,7 @@ repro: data    ## the whole pipeline, from labelled scenes to the report
 
 test: data    ## every test: the notebooks, then the contracts in tests/
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 smoke: data    ## the whole pipeline at a toy size, in a throw-away copy
 	python -m segsyn.run --profile smoke
