@@ -91,7 +91,7 @@ def add_head_mean(total: Tensor, # (B, N, K) fp32, changed in place
 LayerChoice = tuple[tuple[str, tuple[int, ...]|None], ...]
 
 class AttentionSettings(BaseModel):
-    "All settings of Dataset Diffusion; the defaults are the paper's (sections 4 and 6.2)."
+    "All settings of Dataset Diffusion; the defaults are the paper's where it names them (sections 4 and 6.2)."
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(100, ge=1) # T, denoising steps
     sampler: str = "ddim" # name known to make_sampler
@@ -257,7 +257,7 @@ def attention_maps(capture: AttentionCapture, # after the denoiser has run
             columns = [total[i, :, start:stop].mean(1) for start, stop in places]
             if columns: cross += resize_maps(torch.stack(columns).reshape(-1, *own) / layers, grid)
         place = "self", grid
-        self_map = capture.sums[place][i] / capture.counts[place] if place in capture.sums else torch.eye(grid[0] * grid[1])
+        self_map = capture.sums[place][i] / capture.counts[place] if place in capture.sums else torch.eye(grid[0] * grid[1], device=cross.device)
         made.append(AttentionMaps(tuple(names), cross.clamp_(min=0), self_map))
     return made
 
@@ -405,7 +405,7 @@ def draw_and_read(base: Base, # a latent diffusion base
                   settings: AttentionSettings, # how to draw and what to read
                   size: int, # pixels a side
                  ) -> tuple[np.ndarray, list[AttentionMaps]]: # uint8 (B, H, W, 3), and the maps of each
-    "Draw pictures and read the attention on the way (section 3.3)."
+    "Draw pictures and read the attention on the way (section 3.2)."
     text = encode_prompts(base, [p.text for p in prompts], size)
     # without a negative prompt the base says what "no prompt" is: zeros for SDXL
     negative = encode_prompts(base, [settings.negative_prompt] * len(prompts), size) if settings.negative_prompt else None

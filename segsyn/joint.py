@@ -152,8 +152,8 @@ class JoDiffusionSettings(BaseModel):
     sampler: str = "dpm++"                    # a name of SAMPLERS
     guidance: float = Field(3.0, ge=0)        # classifier-free guidance by the text (the official code: 8)
     style: str = "caption"                    # one of PROMPT_STYLES; as in training
-    confidence: float = Field(0.0, ge=0, le=1) # pixels whose class is less probable are ignored
-    refine: float = Field(0.0, ge=0)          # pixels: smaller regions of the mask take the mode of their ring; 0: none
+    confidence: float = Field(0.0, ge=0, le=1) # pixels whose class is less probable are ignored; `refine` then fills small ignored regions, too
+    refine: float = Field(0.0, ge=0)          # pixels: smaller regions of the mask take the most frequent value around them (notebook 20); 0: none
     chunk_size: int = Field(16, ge=1)         # pairs drawn at once; part of what decides the last bits
 
 # %% ../nbs/22_joint.ipynb #fe9ee831

@@ -291,7 +291,7 @@ def encode_labels(
 def decode_labels(
     label_vae: LabelVAE,        # trained
     latents: Tensor,            # float (B, C, h, w), of `encode_labels` or drawn by a diffusion model
-    confidence: float = 0.0,    # pixels whose largest probability is below become ignored (the paper's code: 0.5)
+    confidence: float = 0.0,    # pixels whose largest probability is below become ignored (the official code: below 0.5, label 0)
 ) -> tuple[np.ndarray, np.ndarray]: # masks (B, H, W), uint8 or above 255 ids uint16; largest probabilities, float32 (B, H, W)
     "Latents as masks (JoDiffusion, section Annotation VAE). Raises SegsynError where shape or limit cannot be."
     if latents.ndim != 4 or latents.shape[1] != label_vae.config.latent_channels:

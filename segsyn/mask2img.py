@@ -20,6 +20,7 @@ from torch import nn
 from .base import Base, DiffusionLoss, decode_latents, encode_prompts, load_base, predict_noise, sample_latents, use_explicit_attention
 from .dataset import Sample, SegmentationDataset, StoredSample
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
+from .hub import load_pretrained
 from .labels import LabelSpace
 from .prompts import build_prompt
 from .segmenter import model_fingerprint
@@ -155,7 +156,7 @@ def load_mask2img(
     check_labels(folder, space, shades)
     known = read_json(Path(folder) / "made_for.json")["base"]
     if known != base.fingerprint: raise SegsynError("The ControlNet was trained with another base.", where=folder, found=known[:16], allowed=base.fingerprint[:16], fix="Train it again with this base: dvc repro mask2img.")
-    return ControlNetModel.from_pretrained(Path(folder) / "controlnet", torch_dtype=base.unet.dtype).to(base.device).eval().requires_grad_(False)
+    return load_pretrained(ControlNetModel, Path(folder) / "controlnet", torch_dtype=base.unet.dtype).to(base.device).eval().requires_grad_(False)
 
 # %% ../nbs/17_mask2img.ipynb #313a6070
 class ImgSyn(ChunkedMethod):
@@ -231,9 +232,9 @@ class MaskSyn(ChunkedMethod):
 
 # %% ../nbs/17_mask2img.ipynb #481aafa5
 def _paint_and_draw(self, requests):
-    names = lambda r, style: build_prompt(r.caption, r.classes, style, self.painter.tokenizers).text
-    colors, masks, instances, scores = paint_masks(self.painter, self.space, [names(r, self.paint.style) for r in requests], [r.seed for r in requests], self.paint, self.code.shades)
-    prompts = [names(r, self.images.settings.style) for r in requests]
+    names = lambda r, base, style: build_prompt(r.caption, r.classes, style, base.tokenizers).text
+    colors, masks, instances, scores = paint_masks(self.painter, self.space, [names(r, self.painter, self.paint.style) for r in requests], [r.seed for r in requests], self.paint, self.code.shades)
+    prompts = [names(r, self.images.base, self.images.settings.style) for r in requests]
     clean = np.stack([self.code.encode(*self.code.decode(c)) for c in colors]) # doubtful pixels are ignored in the mask, not in the drawing
     images = draw_images(self.images.base, self.images.controlnet, clean, prompts, [derive_seed(r.seed, "picture") for r in requests], self.images.settings)
     present = [tuple(self.space.names[i] for i in self.space.foreground_ids if (m == i).any()) for m in masks]

@@ -569,7 +569,7 @@ def run_stage(
     "Run a stage notebook and keep its executed form. Raises SegsynError for wrong parameters, StageError for a failing cell."
     root = Path(root or find_root()).resolve()
     values = stage_values(notebook, section, settings, profile, params, root)
-    threads = read_params(root/params, profile)["base"]["threads"]
+    threads = values.get("threads", read_params(root/params, profile)["base"]["threads"])
     report = root/reports/f"{name or Path(notebook).stem}.ipynb"
     source = read_notebook(root/notebook)
     with folder_lock(report):

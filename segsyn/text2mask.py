@@ -139,7 +139,7 @@ def decode_instances(
     shades: int = 2,         # as in encode_instances
     reach: int = 2,          # pixels: pieces of one colour that meet when grown by so many are one instance
     core: int = 3,           # pixels: a part must contain a block of this side
-    smallest: int = 48,      # pixels: a part must have so many; about half the smallest object that can occur
+    smallest: int = 48,      # pixels: a part must have so many; at 64 pixels a side about half the smallest object that can occur
 ) -> tuple[np.ndarray, np.ndarray]: # mask (H,W) of space.dtype, and instances uint16 (H,W) numbered from 1, 0 for stuff and ignored pixels
     "Mask and instances from a colour map with shades. Raises SegsynError for no colour map, or more than 65535 instances."
     shaded = shade_space(space, shades)

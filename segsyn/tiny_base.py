@@ -27,7 +27,7 @@ from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_
 from .files import SegsynError, atomic_folder, atomic_write, cli, derive_seed, find_root, read_json, write_json
 from .pictures import tile_images
 from .prompts import build_prompt, simple_prompt
-from .stamps import CLASSES, Stamps, make_scenes
+from .stamps import CLASSES, Stamps, make_scenes, picture_licences
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/14_tiny_base.ipynb #51a15b0f
@@ -342,7 +342,8 @@ def model_card(training: dict, # training.json of the trained folder
     config = training["config"]
     oracle, copies = measured["oracle_miou"], measured["copies"]
     return f"""---
-license: gpl-2.0
+license: other
+license_name: those of its pictures
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
@@ -372,7 +373,7 @@ Eight samples of each class: ![samples](samples.png)
 
 ## Data and licence
 
-The photographs are those of the Stamps benchmark (Tux Paint stamps and Debian's wallpapers, GPL-2 and compatible; see the LICENSE files in data/stamps).
+The photographs are those of the Stamps benchmark, from Tux Paint and from wallpapers that Debian packages, under {picture_licences()}. `data/stamps/stamps.json` says which package has which; the licences stand beside it in full.
 """
 
 # %% ../nbs/14_tiny_base.ipynb #74391b9b

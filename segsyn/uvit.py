@@ -31,6 +31,7 @@ from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, fing
 from .hub import load_pretrained, resolve_model
 from .pictures import tile_images
 from .segmenter import model_fingerprint
+from .stamps import picture_licences
 from .tiny_base import LatentData, check_trained, class_prompts, class_rows, create_scheduler, publish_folder
 from .training import TrainConfig, TrainResult, fit
 
@@ -509,7 +510,7 @@ class UViTBase:
 def _check_parts(base):
     "Do the parts fit each other?"
     m, c = base.uvit.modalities, base.codes.config
-    if set(m) < {"text", "clip", "image"}: raise SegsynError("The transformer lacks a modality.", where=base.reference, found=", ".join(m), allowed="text, clip, image, and others")
+    if not {"text", "clip", "image"} <= set(m): raise SegsynError("The transformer lacks a modality.", where=base.reference, found=", ".join(m), allowed="text, clip, image, and others")
     pairs = [("image latent, channels", m["image"].shape[0], base.vae.config.latent_channels), ("text, tokens and numbers", m["text"].shape, (base.tokenizer.model_max_length, c.code_width)),
              ("text states, width", c.text_width, base.text_encoder.config.hidden_size), ("CLIP vector, transformer", m["clip"].shape, (1, c.clip_width)),
              ("CLIP vector, numbers", c.clip_width, base.clip.config.projection_dim)]
@@ -837,7 +838,8 @@ def uvit_card(
         return f"{r['steps']:,} updates at learning rate {r['config']['learning_rate']}{falls[r['config']['schedule']]}{cut}{clean} (run `{r['fingerprint'][:16]}`)"
     runs = "; then ".join(map(told, (*training.get("before", []), training)))
     return f"""---
-license: gpl-2.0
+license: other
+license_name: those of its pictures
 library_name: segsyn
 pipeline_tag: text-to-image
 ---
@@ -863,7 +865,7 @@ Eight samples of each class: ![samples](samples.png)
 
 ## Data and licence
 
-The photographs are those of the Stamps benchmark (Tux Paint stamps and Debian's wallpapers, GPL-2 and compatible; see the LICENSE files in data/stamps).
+The photographs are those of the Stamps benchmark, from Tux Paint and from wallpapers that Debian packages, under {picture_licences()}. `data/stamps/stamps.json` says which package has which; the licences stand beside it in full.
 """
 
 # %% ../nbs/18_uvit.ipynb #3351f837

@@ -148,9 +148,9 @@ def test_pictures_that_are_not_square_or_not_even(shape):
     base = make_tiny_base("sd")
     latents, text = torch.randn(1, 4, *shape), encode_prompts(base, ["a bird"])
     own, cross = default_resolutions(base.unet, *shape)
-    try:
-        with capture_attention(base.unet, encode_prompts(base, ["bird"]).hidden, own, cross) as capture: predict_noise(base, latents, torch.tensor(100), text)
+    try: predict_noise(base, latents, torch.tensor(100), text)
     except RuntimeError: pytest.skip("the U-Net itself refuses this size")
+    with capture_attention(base.unet, encode_prompts(base, ["bird"]).hidden, own, cross) as capture: predict_noise(base, latents, torch.tensor(100), text)
     maps, = attention_maps(capture, [["bird"]], [[(1, 2)]])
     assert max(maps.cross.shape[1:]) == own and maps.self_map.shape[0] == maps.cross[0].numel()
 
@@ -198,7 +198,6 @@ def test_memory_is_the_running_sums_and_one_heads_map():
     kept, head = sum(total.nbytes for total in capture.sums.values()), 2 * 256 * 256 * 4
     small = 64 * 1024 + sum(keys.nbytes for keys in capture.keys.values()) # one head's queries and keys, class keys
     assert head < plain.most and read.most <= plain.most + kept + head + small
-    assert kept / 2 < 10e6
 
 
 @pytest.mark.parametrize("positions", [(8, 8), (16, 16), (32, 24)])

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from segsyn.files import SegsynError
-from segsyn.metrics import bootstrap_mean_iou, class_iou, confusion_matrix, mean_iou
+from segsyn.metrics import bootstrap_difference, bootstrap_mean_iou, class_iou, confusion_matrix, mean_iou
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.int64])
@@ -42,3 +42,8 @@ def test_bootstrap_of_equal_scenes_is_a_point():
     tables = np.tile([[8, 2], [1, 9]], (10, 1, 1))
     low, high = bootstrap_mean_iou(tables, draws=50)
     assert low == pytest.approx(high) == pytest.approx(mean_iou(tables[0]))
+
+
+def test_intervals_need_scenes_and_the_same_ones():
+    with pytest.raises(SegsynError): bootstrap_mean_iou(np.zeros((0, 2, 2)))
+    with pytest.raises(SegsynError): bootstrap_difference(np.ones((1, 3, 2, 2)), np.ones((1, 4, 2, 2)))

@@ -13,7 +13,7 @@ import pytest
 from segsyn.base import SAMPLERS
 from segsyn.files import SegsynError
 from segsyn.prompts import PROMPT_STYLES
-from segsyn.run import Sampler, Style, read_notebook, read_params, read_yaml, stage_values
+from segsyn.run import Sampler, Style, read_notebook, read_params, read_yaml, run_profile, stage_values
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tests" / "notebooks").glob("*.ipynb"))
@@ -194,3 +194,36 @@ def test_what_a_profile_started_ends_before_its_folder_is_cleared(tmp_path):
     while not (tmp_path/"begun").exists(): assert process.poll() is None; time.sleep(0.1)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM and (tmp_path/"saved").exists(), "the stage was not waited for"
+
+
+@pytest.fixture
+def begun(project, monkeypatch):
+    "A project in git; what a profile run copies is counted, and dvc is not started."
+    import segsyn.run as module
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "profiles").mkdir()
+    (project / "profiles" / "tiny.yaml").write_text("prepare: {train: 3}\n")
+    (project / "data").mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    copies, copy = [], module.copy_project
+    monkeypatch.setattr(module, "copy_project", lambda *a: copies.append(a) or copy(*a))
+    monkeypatch.setattr(module, "_run_group", lambda command, **settings: 0)
+    return project, copies
+
+
+def test_a_profile_run_goes_on_in_its_folder(begun, tmp_path_factory):
+    project, copies = begun
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for _ in range(2): assert run_profile("tiny", folder=folder, root=project) == 0
+    assert len(copies) == 1 and read_params(folder / "params.yaml")["prepare"]["train"] == 3
+    with pytest.raises(SegsynError, match="not empty"): run_profile("tiny", settings=["prepare.train=4"], folder=folder, root=project)
+    assert read_params(folder / "params.yaml")["prepare"]["train"] == 3
+
+
+def test_a_profile_run_touches_nothing_of_others(begun, tmp_path_factory):
+    project, copies = begun
+    folder = tmp_path_factory.mktemp("holiday")
+    (folder / "picture.png").write_bytes(b"precious")
+    with pytest.raises(SegsynError, match="not empty"): run_profile("tiny", folder=folder, root=project)
+    with pytest.raises(SegsynError, match="Did you mean 'train'"): run_profile("tiny", settings=["prepare.trian=3"], folder=folder / "new", root=project)
+    assert [p.name for p in folder.iterdir()] == ["picture.png"] and not copies

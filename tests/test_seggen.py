@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from segsyn.base import load_base, make_tiny_base, save_base
 from segsyn.dataset import Sample, SegmentationDataset, check_dataset
@@ -136,6 +137,15 @@ def test_models_remember_what_they_were_trained_for(tmp_path, controlnet):
         with pytest.raises(SegsynError, match="another label space"): call()
     with pytest.raises(SegsynError, match="another base"): load_mask2img(net, stranger, SPACE)
     with pytest.raises(SegsynError, match="no trained model"): load_text2mask(tmp_path, SPACE)
+
+def test_no_weight_of_a_controlnet_is_left_at_random(tmp_path, controlnet):
+    weights = save_mask2img(controlnet, BASE, SPACE, tmp_path/"net")/"controlnet"/"diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({name: state[name] for name in sorted(state)[1:]}, weights)
+    with pytest.raises(SegsynError, match="do not fill the model"): load_mask2img(tmp_path/"net", BASE, SPACE)
+    torch.save(state, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(SegsynError): load_mask2img(tmp_path/"net", BASE, SPACE) # a pickle is not read
 
 def test_models_remember_their_colour_code(tmp_path, controlnet):
     for shades in (None, 2):

@@ -217,6 +217,7 @@ def test_a_seed_draws_and_a_smaller_draw_is_a_part(voc, tmp_path):
 def test_the_pipeline_prepares_a_download(voc, tmp_path):
     "One test set, the others empty; and nothing is read from the embedded cut-outs."
     project = copy_project(ROOT, tmp_path / "project")
+    shutil.rmtree(project / "data")
     shutil.copy(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "val.txt")
     run_stage("nbs/pipeline/01_prepare.ipynb", "prepare", ["source=voc", f"folder={voc}", "splits=[train,val]", "size=8", "train=2", "val=null", "oracle=null"], root=project)
     tests = load_test_sets(project / "datasets")
