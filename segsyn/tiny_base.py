@@ -140,7 +140,7 @@ def _npy(tensor):
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, # trained
                   images: np.ndarray, # uint8 (N, H, W, 3)
-                  batch_size: int = 250, # fixed shape of a chunk; N is padded up to it
+                  batch_size: int = 250, # pictures a pass; the last may have fewer
                   progress: bool = True, # show a progress bar?
                   keep: str | Path | None = None, # a file that holds the latents of just these pictures; written if it is not there
                   ) -> torch.Tensor: # float32 (N, C, h, w), posterior means, not yet scaled
@@ -236,7 +236,7 @@ def train_autoencoder(images: np.ndarray, # uint8 (N, H, W, 3), the corpus
                       flat_share: float = 0.25, # share of flat-coloured pictures
                       facts: dict | None = None, # what else shapes the result, for the fingerprint
                       ) -> tuple[AutoencoderKL, TrainResult]: # trained, in evaluation mode
-    "Train the autoencoder on photographs and flat pictures (SegGen, appendix B, asks for both)."
+    "Train the autoencoder on photographs and flat pictures (SegGen needs both to pass; appendix B)."
     model = AutoencoderTrainer(create_autoencoder(channels, size=images.shape[1], seed=config.seed))
     shown = np.concatenate([np.array(images[:8]), np.stack([flat_picture(k, images.shape[1]) for k in range(8)])])
 
