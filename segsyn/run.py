@@ -260,7 +260,7 @@ class Panoptic(Section):
 
 class Sweeps(Section):
     "SegGen's choices, varied."
-    split: Literal["val-A", "val-B", "unseen"]
+    splits: list[Literal["val-A", "val-B", "unseen"]]
 
 # %% ../nbs/25_run.ipynb #ae46aa4a
 class Corpus(Section):
