@@ -206,9 +206,10 @@ def test_lock_is_in_step_with_the_stages():
     assert set(locked) == {n for f, n, _ in STAGES if f == "dvc.yaml"}
 
 
-def test_files_in_git_are_those_of_the_lock():
+@pytest.mark.parametrize("lock", ["dvc.lock", "sweeps/dvc.lock"]) # the paths of both are from the root
+def test_files_in_git_are_those_of_the_lock(lock):
     "The results in git are what the code, the parameters and the notebooks in git make."
     tracked = set(subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"))
-    stale = {e["path"]: name for name, stage in yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"].items() for e in (*stage.get("deps", ()), *stage.get("outs", ()))
+    stale = {e["path"]: name for name, stage in yaml.safe_load((ROOT / lock).read_text())["stages"].items() for e in (*stage.get("deps", ()), *stage.get("outs", ()))
              if e["path"] in tracked and hashlib.md5((ROOT / e["path"]).read_bytes()).hexdigest() != e["md5"]}
     assert not stale, "run dvc repro and commit what it makes"
