@@ -45,5 +45,5 @@ def test_bootstrap_of_equal_scenes_is_a_point():
 
 
 def test_intervals_need_scenes_and_the_same_ones():
-    with pytest.raises(SegsynError): bootstrap_mean_iou(np.zeros((0, 2, 2)))
-    with pytest.raises(SegsynError): bootstrap_difference(np.ones((1, 3, 2, 2)), np.ones((1, 4, 2, 2)))
+    with pytest.raises(SegsynError, match="no scenes"): bootstrap_mean_iou(np.zeros((0, 2, 2)))
+    with pytest.raises(SegsynError, match="cannot be compared"): bootstrap_difference(np.ones((1, 3, 2, 2)), np.ones((1, 4, 2, 2)))

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,4 +28,16 @@ def test_figures_in_the_text_are_those_of_the_results():
     for figure in (f"they agree at {percent(joint['ratio'])} of what true scenes reach", f"(F1 {joint['classes']['f1']:.2f})", f"only at {percent(measured('results/mask2img')['ratio'])} of what true pictures",
                    f"in {percent(base['found']['mean'])} of its pictures of one class", f"in {percent(uvit['found']['mean'])} of its pictures", f"both classes of a prompt in {percent(base['found']['both of two'])}",
                    f"{100 * measured('results/label_vae')['reconstruction']['val-A']['0']['miou']:.1f} mIoU come back", *(f"{100 * masks['real_latents'][step]['miou']:.1f}" for step in ("cross", "self", "uncertainty"))):
+        assert figure in text, figure
+
+
+def test_figures_about_the_sweeps_are_those_of_the_results():
+    text, differences = (ROOT / "README.md").read_text(), json.loads((ROOT / "results" / "sweeps-differences.json").read_text())
+    def score(choice, split): return f"{100 * mean(run['splits'][split]['miou'] for run in json.loads((ROOT / 'results' / 'sweeps' / f'{choice}.json').read_text())['runs']):.1f}"
+    def difference(pair, split): return "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in differences[pair][split].items()})
+    both, splits = "real+masksyn+imgsyn", ("val-A", "val-B", "unseen")
+    for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("strategy-pretrain", "strategy-real")), *(difference("strategy-pretrain minus strategy-real", split) for split in splits),
+                   f"from {score('seeds-real', 'val-A')} without to {score('alone-masksyn+imgsyn', 'val-A')}", f"from {score('seeds-real', 'val-B')} to {score('share-0.6', 'val-B')}",
+                   f"from {score('amount-125', 'val-B')} to {score(f'seeds-{both}', 'val-B')}", *(difference(pair, "val-B") for pair in (f"seeds-{both} minus amount-125", "seeds-real+jodiffusion minus pairs-250", f"bare-{both} minus bare-real", f"seeds-{both} minus seeds-real")),
+                   *(score(f"deeplab-{recipe}", "val-B") for recipe in ("attention", "masksyn+imgsyn", "jodiffusion", "real", "real+attention", both, "real+jodiffusion"))):
         assert figure in text, figure
