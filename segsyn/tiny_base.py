@@ -27,7 +27,7 @@ from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_
 from .files import SegsynError, atomic_folder, atomic_write, cli, derive_seed, find_root, read_json, write_json
 from .pictures import tile_images
 from .prompts import build_prompt, simple_prompt
-from .stamps import CLASSES, Stamps, make_scenes, picture_licences
+from .stamps import CLASSES, Stamps, licence_note, make_scenes
 from .training import TrainConfig, TrainResult, fit
 
 # %% ../nbs/14_tiny_base.ipynb #51a15b0f
@@ -373,7 +373,7 @@ Eight samples of each class: ![samples](samples.png)
 
 ## Data and licence
 
-The photographs are those of the Stamps benchmark, from Tux Paint and from wallpapers that Debian packages, under {picture_licences()}. `data/stamps/stamps.json` says which package has which; the licences stand beside it in full.
+{licence_note()}
 """
 
 # %% ../nbs/14_tiny_base.ipynb #74391b9b

@@ -31,7 +31,7 @@ from .files import SegsynError, atomic_folder, cli, derive_seed, find_root, fing
 from .hub import load_pretrained, resolve_model
 from .pictures import tile_images
 from .segmenter import model_fingerprint
-from .stamps import picture_licences
+from .stamps import licence_note
 from .tiny_base import LatentData, check_trained, class_prompts, class_rows, create_scheduler, publish_folder
 from .training import TrainConfig, TrainResult, fit
 
@@ -865,7 +865,7 @@ Eight samples of each class: ![samples](samples.png)
 
 ## Data and licence
 
-The photographs are those of the Stamps benchmark, from Tux Paint and from wallpapers that Debian packages, under {picture_licences()}. `data/stamps/stamps.json` says which package has which; the licences stand beside it in full.
+{licence_note()}
 """
 
 # %% ../nbs/18_uvit.ipynb #3351f837
