@@ -6,7 +6,7 @@
 __all__ = ['MASK2FORMERS', 'TARGETS', 'panoptic_counts', 'panoptic_quality', 'bootstrap_panoptic', 'instance_ap',
            'create_mask2former', 'load_mask2former', 'InstanceData', 'MixedInstances', 'mask2former_recipe',
            'train_mask2former', 'predict_semantic', 'predict_instances', 'predict_panoptic', 'evaluate_panoptic',
-           'code_ceiling']
+           'code_ceiling', 'train_and_test_mask2former']
 
 # %% ../nbs/19_panoptic.ipynb #07041ca4
 import contextlib, hashlib, io
@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from transformers.utils import logging as transformers_logging
-from .files import SegsynError, derive_seed, fingerprint, read_json
+from .files import SegsynError, derive_seed, fingerprint, read_json, work_folder
 from .labels import LabelSpace
 from .metrics import _count, _drawn_weights, confusion_matrix, mean_iou
 from .pictures import tile_images
@@ -490,3 +490,26 @@ def code_ceiling(
     found = [a for k, (s, (m, i)) in enumerate(zip(samples, back)) for a in _found_annotations(k, [(i == n, int(m[i == n][0]), 1.0) for n in np.unique(i[i > 0])], s.mask, space)]
     true = [a for k, s in enumerate(samples) for a in _true_annotations(k, s.mask, s.instances, space)]
     return {"keys": [s.key for s in samples], **_summary([s.mask.shape for s in samples], true, found, confusions, counts, space)}
+
+# %% ../nbs/19_panoptic.ipynb #58642c71
+def train_and_test_mask2former(
+    config: TrainConfig,       # its seed decides the first weights, too
+    name: str,                 # of the work folder
+    data: InstanceData | MixedData,
+    tests: dict,               # name -> SegmentationDataset or list of Sample with masks and instances
+    first: InstanceData | None = None, # trained on before `data`, as long (SegGen, section 3.4)
+    network: str = "tiny",     # a name of MASK2FORMERS
+    threshold: float = 0.5,    # of predict_panoptic
+    shown: int = 4,            # scenes of each test set whose segments are kept
+) -> dict:                     # history; scores {test set: as from evaluate_panoptic}; found {test set: as from predict_panoptic}
+    "One training, from the first weights to the test sets; an interrupted one goes on in its work folder. Raises SegsynError as its parts do."
+    model = create_mask2former(network, data.space, seed=config.seed)
+    facts = {"config": config, "network": network, "data": data.fingerprint()}
+    if first is not None:
+        before = {**facts, "data": first.fingerprint()}
+        model = train_mask2former(model, first, work_folder(f"panoptic-pretrain-{name}", before), config).model.train()
+        facts["pretrained"] = before
+    result = train_mask2former(model, data, work_folder(f"panoptic-{name}", facts), config)
+    return {"history": result.history, "scores": {split: evaluate_panoptic(result.model, test, threshold=threshold) for split, test in tests.items()},
+            "found": {split: predict_panoptic(result.model, [test[i].image for i in range(min(shown, len(test)))], threshold=threshold) for split, test in tests.items()}}
+

@@ -138,7 +138,8 @@ class _Generator(_Fit):
 
 # %% ../nbs/25_run.ipynb #9fb8d114
 class _Painted(Section):
-    "How SegGen paints masks. The defaults are the semantic pipeline; panoptic/dvc.yaml sets others."
+    "How SegGen paints masks, and from how many. The defaults are the semantic pipeline; panoptic/dvc.yaml and sweeps/dvc.yaml set others."
+    labelled_scenes: PositiveInt | None = None # null: all
     shades: PositiveInt | None = None # colours of each class of things; null: instances are not painted
     prefix: str = ""                  # before the names of models, datasets and results
 
@@ -252,6 +253,8 @@ class Panoptic(Section):
     shades: PositiveInt
     recipes: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    workers: PositiveInt
+    strategy: Literal["mix", "pretrain"]
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
