@@ -206,7 +206,7 @@ def test_lock_is_in_step_with_the_stages():
     assert set(locked) == {n for f, n, _ in STAGES if f == "dvc.yaml"}
 
 
-@pytest.mark.parametrize("lock", ["dvc.lock", "sweeps/dvc.lock"]) # the paths of both are from the root
+@pytest.mark.parametrize("lock", ["dvc.lock", "sweeps/dvc.lock", "panoptic/dvc.lock"]) # the paths of all are from the root
 def test_files_in_git_are_those_of_the_lock(lock):
     "The results in git are what the code, the parameters and the notebooks in git make."
     tracked = set(subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"))
