@@ -36,8 +36,18 @@ def test_figures_about_the_sweeps_are_those_of_the_results():
     def score(choice, split): return f"{100 * mean(run['splits'][split]['miou'] for run in json.loads((ROOT / 'results' / 'sweeps' / f'{choice}.json').read_text())['runs']):.1f}"
     def difference(pair, split): return "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in differences[pair][split].items()})
     both, splits = "real+masksyn+imgsyn", ("val-A", "val-B", "unseen")
-    for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("strategy-pretrain", "strategy-real")), *(difference("strategy-pretrain minus strategy-real", split) for split in splits),
+    for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("strategy-pretrain", "strategy-real", "fifth-real", f"fifth-{both}")), difference(f"fifth-{both} minus fifth-real", "val-A"), *(difference("strategy-pretrain minus strategy-real", split) for split in splits),
                    f"from {score('seeds-real', 'val-A')} without to {score('alone-masksyn+imgsyn', 'val-A')}", f"from {score('seeds-real', 'val-B')} to {score('share-0.6', 'val-B')}",
-                   f"from {score('amount-125', 'val-B')} to {score(f'seeds-{both}', 'val-B')}", *(difference(pair, "val-B") for pair in (f"seeds-{both} minus amount-125", "seeds-real+jodiffusion minus pairs-250", f"bare-{both} minus bare-real", f"seeds-{both} minus seeds-real")),
+                   f"from {score('amount-125', 'val-B')} to {score(f'seeds-{both}', 'val-B')}", *(difference(pair, "val-B") for pair in (*(f"fifth-{recipe} minus fifth-real" for recipe in ("real+masksyn", "real+imgsyn", both)), f"seeds-{both} minus amount-125", "seeds-real+jodiffusion minus pairs-250", f"bare-{both} minus bare-real", f"seeds-{both} minus seeds-real")),
                    *(score(f"deeplab-{recipe}", "val-B") for recipe in ("attention", "masksyn+imgsyn", "jodiffusion", "real", "real+attention", both, "real+jodiffusion"))):
+        assert figure in text, figure
+
+
+def test_figures_about_instances_and_fewer_labels_are_those_of_the_results():
+    text, measured = (ROOT / "README.md").read_text(), lambda name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+    own = measured("panoptic")["recipes"]["real+masksyn+imgsyn"]["val-B"]
+    gained = 100 * (own["mean"]["mean_iou"] - measured("panoptic")["recipes"]["real"]["val-B"]["mean"]["mean_iou"])
+    for figure in (f"{100 * measured('panoptic')['ceiling']['val-A']['PQ']:.1f} PQ on `val-A`", "{:+.1f} [{:.1f}, {:.1f}] mIoU".format(gained, *(100 * v for v in own["gain"]["mean_iou"])),
+                   f"(F1 {measured('panoptic-text2mask')['agreement']['f1']:.2f} against {measured('text2mask')['agreement']['f1']:.2f}", f"({100 * measured('panoptic-mask2img')['ratio']:.0f} and {100 * measured('mask2img')['ratio']:.0f} %)",
+                   f"(F1 {measured('fifth-text2mask')['agreement']['f1']:.2f})", f"obey at {100 * measured('fifth-mask2img')['ratio']:.0f} %"):
         assert figure in text, figure
