@@ -26,7 +26,7 @@ from .files import SegsynError, derive_seed
 from .labels import LabelSpace
 from .dataset import Sample
 from .prompts import PROMPT_STYLES, Prompt, build_prompt, token_spans
-from .base import Base, Conditioning, add_noise, decode_latents, encode_images, encode_prompts, load_base, predict_noise, sample_latents, sample_noise
+from .base import Base, add_noise, decode_latents, encode_images, encode_prompts, load_base, predict_noise, sample_latents, sample_noise
 from .synthesis import ChunkedMethod, Request, filled, method_settings
 
 # %% ../nbs/13_attention.ipynb #6b6c7c81

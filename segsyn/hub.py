@@ -6,7 +6,7 @@
 __all__ = ['parse_reference', 'pipeline_parts', 'wanted_files', 'resolved_revision', 'resolve_model', 'load_pretrained']
 
 # %% ../nbs/08_hub.ipynb #5436f897
-import os, re, warnings
+import re, warnings
 from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError

@@ -264,7 +264,7 @@ def label_images(
     seeds: Sequence[int],     # one a picture
     settings: JoDiffusionSettings = JoDiffusionSettings(), # steps, sampler, guidance, confidence
 ) -> tuple[np.ndarray, np.ndarray]: # masks (B,H,W), probability of each pixel's class (B,H,W)
-    "Masks for pictures: their latents and CLIP vectors are given at time 0 where the label has a clock of its own, else put back at every step's noise level."
+    "Masks for pictures: their latents and CLIP vectors are given at time 0 where the label has a clock of its own, else put back at every step's noise level. Guidance is by the text, and by the picture, too, where it is given at time 0."
     known = {"image": encode_images(joint.base.parts, images), "clip": joint.base.encode_clip(images)}
     return decode_labels(joint.label_vae, _complete(joint, known, prompts, seeds, settings)["label"], settings.confidence)
 
@@ -275,7 +275,7 @@ def paint_images(
     seeds: Sequence[int],     # one a mask
     settings: JoDiffusionSettings = JoDiffusionSettings(), # steps, sampler, guidance
 ) -> np.ndarray:              # uint8 (B,H,W,3)
-    "Pictures for masks, the label given or put back likewise."
+    "Pictures for masks, the label given or put back likewise, with guidance by the text, or by text and mask."
     known = {"label": encode_labels(joint.label_vae, masks).to(joint.base.device)}
     return decode_latents(joint.base.parts, _complete(joint, known, prompts, seeds, settings)["image"])
 

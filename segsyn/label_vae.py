@@ -307,7 +307,7 @@ def reconstruction(
     label_vae: LabelVAE,      # trained
     masks: np.ndarray,        # integer (N, H, W)
     space: LabelSpace,        # of the masks
-    noise: float = 0.0,       # standard deviation of Gaussian noise on the unit-variance latent
+    noise: float = 0.0,       # of Gaussian noise on the latent, in the latent's standard deviations
     seed: int = 0,            # of the noise
     width: int = 2,           # pixels of the border band, on each side
     batch: int = 50,          # masks encoded at once
@@ -317,7 +317,7 @@ def reconstruction(
     for start in range(0, len(masks), batch):
         latents = encode_labels(label_vae, masks[start:start + batch])
         drawn = torch.stack([torch.randn(z.shape, generator=torch.Generator().manual_seed(derive_seed(seed, "latent noise", start + k))) for k, z in enumerate(latents)])
-        decoded.append(decode_labels(label_vae, latents + noise*drawn.to(latents.device))[0])
+        decoded.append(decode_labels(label_vae, latents + noise*label_vae.config.scaling_factor*drawn.to(latents.device))[0])
     decoded, border = np.concatenate(decoded), np.stack([near_border(m, width) for m in masks])
     tables = [confusion_matrix(np.where(where, masks, space.ignore_id), decoded, space.num_classes, space.ignore_id) for where in (np.ones_like(border), border)]
     return {"miou": mean_iou(tables[0]), "border_miou": mean_iou(tables[1]), "pixels": float(np.trace(tables[0])/max(tables[0].sum(), 1))}

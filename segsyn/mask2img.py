@@ -89,12 +89,13 @@ def train_mask2img(
     facts: dict | None = None,  # what else decides the result
     progress: bool = True,      # a progress bar
 ) -> tuple[ControlNetModel, TrainResult]: # in evaluation mode; saves and loads as diffusers does
-    "Train a ControlNet on colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings."
+    "Train a ControlNet on colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings, and if the denoiser has not stayed frozen."
     controlnet, frozen = create_controlnet(base, seed=config.seed), copy.deepcopy(base.unet).float()
     if (config.device or str(base.device)) == "cpu":
         for part in (frozen, controlnet): use_explicit_attention(part)
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(ControlledDenoiser(frozen, controlnet), data, Mask2ImgLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)
+    if model_fingerprint(frozen) != model_fingerprint(base.unet): raise SegsynError("The frozen denoiser has changed in training.", where="train_mask2img", fix="Train the ControlNet alone; the pictures are drawn with the base as it is.")
     use_explicit_attention(controlnet, False)
     return controlnet.to(base.device).eval().requires_grad_(False), result
 

@@ -6,7 +6,6 @@
 __all__ = ['confusion_matrix', 'class_iou', 'mean_iou', 'iou_table', 'bootstrap_mean_iou', 'bootstrap_difference']
 
 # %% ../nbs/04_metrics.ipynb #e17368cd
-import warnings
 from collections.abc import Hashable, Sequence
 import numpy as np
 import pandas as pd

@@ -60,7 +60,6 @@ def _modes(groups, values, count):
     "The most frequent value of each of `count` groups, the smallest among equals. A sparse table holds the counts: memory for the votes that there are."
     size = int(values.max()) + 1
     table = coo_array((np.ones(len(groups), np.int64), (groups, values.astype(np.int64))), shape=(count, size)).tocsr()
-    table.sum_duplicates()
     ranked = table.data * size + (size - 1 - table.indices) # larger for more votes, then for smaller values
     return size - 1 - np.maximum.reduceat(ranked, table.indptr[:-1]) % size
 

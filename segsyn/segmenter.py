@@ -11,7 +11,7 @@ __all__ = ['IMAGE_MEAN', 'IMAGE_STD', 'SEGMENTERS', 'RECIPE', 'segmentation_loss
 
 # %% ../nbs/11_segmenter.ipynb #071538f0
 import hashlib, math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np

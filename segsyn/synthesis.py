@@ -12,7 +12,7 @@ import errno, functools, hashlib, heapq, importlib, inspect, itertools, os, pick
 import numpy as np
 import torch
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace

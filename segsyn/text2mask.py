@@ -237,7 +237,7 @@ def _color_latent(self, index: int, mirrored: bool) -> tuple[torch.Tensor, str]:
     if (index, mirrored) in self.kept: return self.kept[index, mirrored]
     sample = self.dataset[index]
     if sample.mask is None: raise SegsynError("A sample has no mask.", where=sample.key, fix="Leave it out, or label it first.")
-    if not sample.caption.strip(): raise SegsynError("A sample has no caption.", where=sample.key, fix="Caption it first; Text2Mask learns from captions.")
+    if not sample.caption.strip(): raise SegsynError("A sample has no caption.", where=sample.key, fix="Caption it first; the model learns from captions.")
     picture = self._picture(sample)
     pair = encode_images(self.base, np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)[None])[0].float().cpu(), build_prompt(sample.caption, sample.classes, self.style, self.base.tokenizers).text
     return self.kept.keep((index, mirrored), pair) if self.keep else pair

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_images, encode_prompts, sample_latents, save_base, train_tokenizer, use_explicit_attention
+from .base import Base, DenoiserWithText, DiffusionLoss, decode_latents, encode_prompts, sample_latents, train_tokenizer, use_explicit_attention
 from .files import SegsynError, atomic_folder, atomic_write, cli, derive_seed, find_root, read_json, write_json
 from .pictures import tile_images
 from .prompts import build_prompt, simple_prompt
