@@ -330,7 +330,7 @@ class JoDiffusion(ChunkedMethod):
 
 # %% ../nbs/22_joint.ipynb #8b41c06f
 def _draw_pairs(self, requests):
-    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.joint.base.tokenizer).text for r in requests]
+    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.joint.base.tokenizer, self.space.names).text for r in requests]
     made = sample_pairs(self.joint, prompts, [r.seed for r in requests], self.settings)
     return [_as_sample(self, request, prompt, *each) for request, prompt, *each in zip(requests, prompts, *made)]
 

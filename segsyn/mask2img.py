@@ -186,7 +186,7 @@ class ImgSyn(ChunkedMethod):
 def _draw_sources(self, requests):
     for r in requests:
         if r.source is None or r.source.mask is None: raise SegsynError("A request has no mask to draw a picture for.", where=r.key, fix="Plan it with plan_imgsyn.")
-    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.base.tokenizers).text for r in requests]
+    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.base.tokenizers, self.space.names).text for r in requests]
     images = draw_images(self.base, self.controlnet, np.stack([self.code.encode(r.source.mask, r.source.instances, r.key) for r in requests]), prompts, [r.seed for r in requests], self.settings)
     return [Sample(key=r.key, image=image, mask=r.source.mask, caption=r.caption, classes=r.classes, instances=r.source.instances, seed=r.seed, method=self.name,
                    extra={"prompt": prompt, "source": r.source.key}) for r, image, prompt in zip(requests, images, prompts)]
@@ -233,7 +233,7 @@ class MaskSyn(ChunkedMethod):
 
 # %% ../nbs/17_mask2img.ipynb #481aafa5
 def _paint_and_draw(self, requests):
-    names = lambda r, base, style: build_prompt(r.caption, r.classes, style, base.tokenizers).text
+    names = lambda r, base, style: build_prompt(r.caption, r.classes, style, base.tokenizers, self.space.names).text
     colors, masks, instances, scores = paint_masks(self.painter, self.space, [names(r, self.painter, self.paint.style) for r in requests], [r.seed for r in requests], self.paint, self.code.shades)
     prompts = [names(r, self.images.base, self.images.settings.style) for r in requests]
     clean = np.stack([self.code.encode(*self.code.decode(c)) for c in colors]) # doubtful pixels are ignored in the mask, not in the drawing

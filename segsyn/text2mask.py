@@ -239,7 +239,7 @@ def _color_latent(self, index: int, mirrored: bool) -> tuple[torch.Tensor, str]:
     if sample.mask is None: raise SegsynError("A sample has no mask.", where=sample.key, fix="Leave it out, or label it first.")
     if not sample.caption.strip(): raise SegsynError("A sample has no caption.", where=sample.key, fix="Caption it first; the model learns from captions.")
     picture = self._picture(sample)
-    pair = encode_images(self.base, np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)[None])[0].float().cpu(), build_prompt(sample.caption, sample.classes, self.style, self.base.tokenizers).text
+    pair = encode_images(self.base, np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)[None])[0].float().cpu(), build_prompt(sample.caption, sample.classes, self.style, self.base.tokenizers, self.space.names).text
     return self.kept.keep((index, mirrored), pair) if self.keep else pair
 
 def _drawn(self, items): return [(int(i), derive_seed(seed, "flip") / 2**63 < self.flip) for i, seed in items]
@@ -393,7 +393,7 @@ class Text2Mask(ChunkedMethod):
 
 # %% ../nbs/16_text2mask.ipynb #0b6d6534
 def _paint_chunk(self, requests):
-    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.painter.tokenizers).text for r in requests]
+    prompts = [build_prompt(r.caption, r.classes, self.settings.style, self.painter.tokenizers, self.space.names).text for r in requests]
     made = paint_masks(self.painter, self.space, prompts, [r.seed for r in requests], self.settings, self.code.shades)
     return [_painted(r, prompt, *each, self.space, self.name) for r, prompt, each in zip(requests, prompts, zip(*made))]
 

@@ -340,6 +340,7 @@ def test_fingerprints_and_settings(joint, own, saved):
     with pytest.raises(SegsynError, match="Did you mean 'guidance'"): JoDiffusion(joint, SPACE, guidence=3.0)
     with pytest.raises(SegsynError, match="where: confidence"): JoDiffusion(joint, SPACE, confidence=2)
     with pytest.raises(SegsynError, match="class"): JoDiffusion(joint, SPACE, steps=1, chunk_size=1)([Request("a", "a lamp", (), 1)])
+    with pytest.raises(SegsynError, match="lamp"): JoDiffusion(joint, SPACE, steps=1, chunk_size=1)([Request("a", "a lamp", ("lamp",), 1)])
 
 
 def test_small_regions_are_refined(joint):

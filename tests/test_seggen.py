@@ -12,9 +12,10 @@ from segsyn.base import load_base, make_tiny_base, save_base
 from segsyn.dataset import Sample, SegmentationDataset, check_dataset
 from segsyn.files import SegsynError, folder_hashes
 from segsyn.labels import LabelSpace
-from segsyn.mask2img import ImgSyn, MaskImageData, MaskSyn, create_controlnet, load_mask2img, plan_imgsyn, save_mask2img
+from segsyn.mask2img import ImgSyn, Mask2ImgLoss, MaskImageData, MaskSyn, create_controlnet, load_mask2img, plan_imgsyn, save_mask2img, train_mask2img
 from segsyn.synthesis import Request, load_method, plan_requests, synthesise
 from segsyn.text2mask import ColorCode, ColorMapData, Text2Mask, class_agreement, clear_enough, load_text2mask, nearest_masks, save_text2mask
+from segsyn.training import TrainConfig
 
 SPACE = LabelSpace.create(["disc", "box"], background="background")
 BASE = make_tiny_base("sd15")
@@ -127,6 +128,23 @@ def test_a_caption_without_a_class_is_refused(controlnet):
     nothing = Request("a", "a lamp", (), 1)
     for method in (Text2Mask(BASE, SPACE, steps=1, chunk_size=1), MaskSyn(BASE, BASE, controlnet, SPACE, dict(steps=1), dict(steps=1, chunk_size=1))):
         with pytest.raises(SegsynError, match="class"): method([nothing])
+
+def test_a_class_that_no_label_space_knows_is_refused(controlnet):
+    unknown = Request("a", "a lamp", ("lamp",), 1)
+    for method in (Text2Mask(BASE, SPACE, steps=1, chunk_size=1), MaskSyn(BASE, BASE, controlnet, SPACE, dict(steps=1), dict(steps=1, chunk_size=1)), ImgSyn(BASE, controlnet, SPACE, steps=1, chunk_size=1)):
+        with pytest.raises(SegsynError, match="lamp"): method([replace(unknown, source=SCENES[0])])
+    for data in (ColorMapData([replace(SCENES[0], classes=("lamp",))], BASE, SPACE), MaskImageData([replace(SCENES[0], classes=("lamp",))], BASE, SPACE)):
+        with pytest.raises(SegsynError, match="lamp"): data.__getitems__([(0, 1)])
+
+def test_a_denoiser_that_does_not_stay_frozen_is_noticed(tmp_path, monkeypatch):
+    class Careless(Mask2ImgLoss):
+        def _predict(self, model, *rest):
+            with torch.no_grad(): next(model.unet.parameters()).add_(1e-3)
+            return super()._predict(model, *rest)
+    config, data = TrainConfig(steps=1, batch_size=1, learning_rate=1e-3), MaskImageData(SCENES, BASE, SPACE)
+    train_mask2img(BASE, data, config, tmp_path / "good", progress=False)
+    monkeypatch.setattr("segsyn.mask2img.Mask2ImgLoss", Careless)
+    with pytest.raises(SegsynError, match="frozen"): train_mask2img(BASE, data, config, tmp_path / "careless", progress=False)
 
 def test_models_remember_what_they_were_trained_for(tmp_path, controlnet):
     other, stranger = LabelSpace.create(["disc", "cross"], background="background"), make_tiny_base("sd15", seed=1)
