@@ -25,7 +25,7 @@ def test_figures_in_the_text_are_those_of_the_results():
     text, measured = (ROOT / "README.md").read_text(), lambda name: json.loads((ROOT / f"{name}.json").read_text())
     joint, base, uvit, masks = measured("results/joint"), measured("training/results/measure"), measured("training/results/uvit-measure"), measured("results/masks")
     percent = lambda value: f"{100 * value:.0f} %"
-    for figure in (f"they agree at {percent(joint['ratio'])} of what true scenes reach", f"(F1 {joint['classes']['f1']:.2f})", f"only at {percent(measured('results/mask2img')['ratio'])} of what true pictures",
+    for figure in (f"Pictures and masks agree at {percent(joint['ratio'])} of what true scenes reach", f"(F1 {joint['classes']['f1']:.2f})", "with an F1 of {:.2f}, in the base's own pictures for the same captions with {:.2f}, in true scenes with {:.2f}".format(*(joint["classes_seen"][name]["f1"] for name in ("pictures of pairs", "the base's pictures", "true scenes"))), f"only at {percent(measured('results/mask2img')['ratio'])} of what true pictures",
                    f"in {percent(base['found']['mean'])} of its pictures of one class", f"in {percent(uvit['found']['mean'])} of its pictures", f"both classes of a prompt in {percent(base['found']['both of two'])}",
                    f"{100 * measured('results/label_vae')['reconstruction']['val-A']['0']['miou']:.1f} mIoU come back", *(f"{100 * masks['real_latents'][step]['miou']:.1f}" for step in ("cross", "self", "uncertainty"))):
         assert figure in text, figure
@@ -36,7 +36,8 @@ def test_figures_about_the_sweeps_are_those_of_the_results():
     def score(choice, split): return f"{100 * mean(run['splits'][split]['miou'] for run in json.loads((ROOT / 'results' / 'sweeps' / f'{choice}.json').read_text())['runs']):.1f}"
     def difference(pair, split): return "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in differences[pair][split].items()})
     both, splits = "real+masksyn+imgsyn", ("val-A", "val-B", "unseen")
-    for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("strategy-pretrain", "strategy-real", "fifth-real", f"fifth-{both}")), difference(f"fifth-{both} minus fifth-real", "val-A"), *(difference("strategy-pretrain minus strategy-real", split) for split in splits),
+    for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("strategy-pretrain", "strategy-real", "alone-masksyn+imgsyn", "alone-attention", "fifth-real", f"fifth-{both}")), *(difference("alone-jodiffusion minus alone-jodiffusion-250", split) for split in splits), *(difference("alone-masksyn+imgsyn minus alone-imgsyn", split) for split in splits[:2]),
+                   difference(f"fifth-{both} minus fifth-real", "val-A"), *(difference("strategy-pretrain minus strategy-real", split) for split in splits),
                    f"from {score('seeds-real', 'val-A')} without to {score('alone-masksyn+imgsyn', 'val-A')}", f"from {score('seeds-real', 'val-B')} to {score('share-0.6', 'val-B')}",
                    f"from {score('amount-125', 'val-B')} to {score(f'seeds-{both}', 'val-B')}", *(difference(pair, "val-B") for pair in (*(f"fifth-{recipe} minus fifth-real" for recipe in ("real+masksyn", "real+imgsyn", both)), f"seeds-{both} minus amount-125", "seeds-real+jodiffusion minus pairs-250", f"bare-{both} minus bare-real", f"seeds-{both} minus seeds-real")),
                    *(score(f"deeplab-{recipe}", "val-B") for recipe in ("attention", "masksyn+imgsyn", "jodiffusion", "real", "real+attention", both, "real+jodiffusion"))):
@@ -51,3 +52,13 @@ def test_figures_about_instances_and_fewer_labels_are_those_of_the_results():
                    f"(F1 {measured('panoptic-text2mask')['agreement']['f1']:.2f} against {measured('text2mask')['agreement']['f1']:.2f}", f"({100 * measured('panoptic-mask2img')['ratio']:.0f} and {100 * measured('mask2img')['ratio']:.0f} %)",
                    f"(F1 {measured('fifth-text2mask')['agreement']['f1']:.2f})", f"obey at {100 * measured('fifth-mask2img')['ratio']:.0f} %"):
         assert figure in text, figure
+
+
+def test_figures_about_longer_training_are_those_of_the_results():
+    text, measured = (ROOT / "README.md").read_text(), lambda name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+    rows = {"of what true pictures do": [f"{100 * measured(f'{folder}mask2img')['ratio']:.0f} %" for folder in ("", "full/")],
+            **{row: [f"{100 * measured(f'{folder}label_vae')['reconstruction']['val-A'][noise]['miou']:.1f}" for folder in ("", "full/")] for row, noise in (("comes back on `val-A`", "0"), ("a tenth of a standard deviation |", "0.1"))}}
+    for row, values in rows.items(): assert " | ".join(values) in next(line for line in text.splitlines() if row in line), row
+    painted, drawn = measured("full/text2mask")["by_steps"], measured("full/mask2img")["agreement"]
+    assert "0.83, 0.83, 0.84 and 0.83" in text and [f"{painted[steps]['f1']:.2f}" for steps in ("5", "10", "25", "200")] == ["0.83", "0.83", "0.84", "0.83"]
+    assert "42.3, 42.6, 42.3 and 42.1" in text and [f"{100 * drawn[f'{steps} steps']['free']:.1f}" for steps in (5, 10, 20, 40)] == ["42.3", "42.6", "42.3", "42.1"]
