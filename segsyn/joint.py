@@ -29,7 +29,7 @@ from .prompts import build_prompt
 from .refine import refine_mask
 from .segmenter import model_fingerprint
 from .synthesis import ChunkedMethod, method_settings
-from .text2mask import ColorMapData
+from .text2mask import ColorMapData, check_labels
 from .training import TrainConfig, TrainResult, fit
 from .uvit import UNIDIFFUSER_V1, MultimodalLoss, UViT, UViTBase, grow_uvit, load_uvit_base, sample_modalities, save_uvit_base, unidiffuser_config
 
@@ -299,13 +299,8 @@ def load_joint(
     precision: str = "fp32", # of the transformer: "auto", "fp32", "bf16", "fp16"
 ) -> Joint:                  # ready to sample
     "Load a joint model. Raises SegsynError for missing parts, parts that do not fit each other, or another label space."
-    if not (path := Path(folder)/"labels.json").is_file(): raise SegsynError("There is no trained joint model here.", where=folder, found="no labels.json", fix="Train it first: dvc repro joint.")
-    _check_space(LabelSpace.load(path), space, path)
+    check_labels(folder, space)
     return Joint(load_uvit_base(Path(folder)/"base", device, precision), load_label_vae(Path(folder)/"label_vae", space, device), space)
-
-def _check_space(known, space, where):
-    if known.fingerprint() != space.fingerprint():
-        raise SegsynError("The joint model was trained for another label space.", where=where, found=", ".join(known.names)[:80], allowed=", ".join(space.names)[:80], fix="Train it again on this label space.")
 
 # %% ../nbs/22_joint.ipynb #c0612018
 class JoDiffusion(ChunkedMethod):

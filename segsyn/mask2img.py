@@ -52,7 +52,7 @@ class MaskImageData(ColorMapData):
     def _picture(self, sample): return sample.image
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        maps = [self._map(self.dataset[i])[:, ::-1 if mirrored else 1] for i, mirrored in self._drawn(items)]
+        maps = [self._map(self._sample(i))[:, ::-1 if mirrored else 1] for i, mirrored in self._drawn(items)]
         return {**super().__getitems__(items), "colors": _condition(np.stack(maps))}
 
     def fingerprint(self) -> str: return fingerprint(["pictures", super().fingerprint()])

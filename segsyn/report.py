@@ -248,26 +248,29 @@ def tau_figure(
     return figure
 
 # %% ../nbs/24_report.ipynb #3262dcc5
-_pair_files = {"attention": "Dataset Diffusion", "imgsyn": "SegGen, ImgSyn", "masksyn": "SegGen, MaskSyn", "jodiffusion": "JoDiffusion"} # dataset -> method
+_pair_files = {"attention": ("Dataset Diffusion", ()), "imgsyn": ("SegGen, ImgSyn", ("mask2img",)), "masksyn": ("SegGen, MaskSyn", ("text2mask", "mask2img")), "jodiffusion": ("JoDiffusion", ("joint",))} # dataset -> method, trainings
 
 def pair_numbers(
-    folder: str | Path, # holds attention.json, masks.json, seggen.json, jodiffusion.json, as far as they are there
-) -> pd.DataFrame:      # dataset, method, samples, agreement (fraction), foreground and ignored shares, operations of one pair
+    folder: str | Path, # holds attention.json, masks.json, seggen.json, jodiffusion.json, text2mask.json, mask2img.json, joint.json, as far as they are there
+) -> pd.DataFrame:      # dataset, method, samples, agreement (fraction), foreground and ignored shares, operations of drawing one pair, and of all that its generators were trained with
     "What was measured on the pairs of each synthetic dataset. Raises SegsynError, naming the file, for JSON that cannot be read."
-    found = {name: read_json(Path(folder)/f"{name}.json") for name in ("attention", "masks", "seggen", "jodiffusion") if (Path(folder)/f"{name}.json").exists()}
+    files = {name: Path(folder)/f"{name}.json" for name in ("attention", "masks", "seggen", "jodiffusion", "text2mask", "mask2img", "joint")}
+    found = {name: read_json(file) for name, file in files.items() if file.exists()}
     own, rows = {**found.get("seggen", {}), **{name: found[name] for name in ("attention", "jodiffusion") if name in found}}, []
     if "attention" in own:
         own["attention"] = {"samples": own["attention"]["images"], "oracle_miou": found.get("masks", {}).get("oracle_miou"), "operations": own["attention"].get("operations"), **{k: own["attention"].get(f"mean {k}") for k in ("foreground", "ignored")}}
-    for name, method in _pair_files.items():
-        if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}})
-    return pd.DataFrame(rows, columns=["dataset", "method", "samples", "agreement", "foreground", "ignored", "operations"])
+    for name, (method, trainings) in _pair_files.items():
+        spent = [found.get(t, {}).get("training_operations") for t in trainings]
+        if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}, "training": None if None in spent else float(sum(spent))})
+    return pd.DataFrame(rows, columns=["dataset", "method", "samples", "agreement", "foreground", "ignored", "operations", "training"])
 
 def pair_table(
     folder: str | Path, # as for pair_numbers
 ) -> pd.DataFrame:      # text
     "One row a synthetic dataset."
+    def billions(value): return "–" if pd.isna(value) else f"{value/1e9:,.0f}"
     return pd.DataFrame([{"pairs of": r.method, "pairs": f"{r.samples:,}", "the oracle's mIoU against their masks": _percent(r.agreement), "foreground (%)": _percent(r.foreground), "ignored (%)": _percent(r.ignored),
-                          "10⁹ operations a pair": "–" if pd.isna(r.operations) else f"{r.operations/1e9:,.0f}"} for r in pair_numbers(folder).itertuples()])
+                          "10⁹ operations a pair": billions(r.operations), "and of training": billions(r.training/r.samples)} for r in pair_numbers(folder).itertuples()])
 
 # %% ../nbs/24_report.ipynb #58fe3faa
 def compare_recipes(
@@ -302,12 +305,12 @@ def find_result(
 
 # %% ../nbs/24_report.ipynb #b2101194
 def judge_difference(
-    difference: float,  # better minus worse
-    low: float | None,  # lower end of its interval
+    low: float | None,  # lower end of the interval of better minus worse; None: not known
+    high: float | None, # its upper end
 ) -> str:               # "shown", "not shown" or "undecided"
     "Does a difference show what is claimed?"
-    if not difference > 0: return "not shown"
-    return "shown" if low is not None and low > 0 else "undecided"
+    if low is None or high is None or low <= 0 <= high: return "undecided"
+    return "shown" if low > 0 else "not shown"
 
 def judge_claim(
     metrics: Metrics, # what was measured
@@ -318,9 +321,10 @@ def judge_claim(
     row = {"claim": claim.text, "paper": claim.paper}
     if better is None or worse is None: return {**row, "here": "–", "verdict": "not measured"}
     paired = better["versus"].get(claim.worse.split("/")[2 if claim.worse.startswith("masks") else 1])
-    low = paired["low"] if paired else better["low"] - worse["high"] if better["low"] is not None and worse["high"] is not None else None
+    unknown = None in (better["low"], worse["low"])
+    low, high = (paired["low"], paired["high"]) if paired else (None, None) if unknown else (better["low"] - worse["high"], better["high"] - worse["low"])
     notes = describe_runs(min(better["runs"], worse["runs"])) + (f"; {100*paired['difference']:+.1f} [{_percent(paired['low'])}, {_percent(paired['high'])}]" if paired else "")
-    return {**row, "here": f"{format_score(worse)} → {format_score(better)} ({notes})", "verdict": judge_difference(paired["difference"] if paired else better["miou"] - worse["miou"], low)}
+    return {**row, "here": f"{format_score(worse)} → {format_score(better)} ({notes})", "verdict": judge_difference(low, high)}
 
 # %% ../nbs/24_report.ipynb #a95fba60
 CLAIMS = (

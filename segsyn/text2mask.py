@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -228,16 +229,20 @@ class ColorMapData:
     def fingerprint(self) -> str:
         "Of everything that decides what comes out."
         more = lambda s: b"" if self.code.shades is None else self._map(s).tobytes() # instances count where they are painted
-        own = getattr(self.dataset, "fingerprint", None) or [[s.key, s.caption, list(s.classes), hashlib.sha256(s.image.tobytes() + s.mask.tobytes() + more(s)).hexdigest()] for s in self.dataset]
+        own = getattr(self.dataset, "fingerprint", None) or [[s.key, s.caption, list(s.classes), hashlib.sha256(s.image.tobytes() + s.mask.tobytes() + more(s)).hexdigest()] for s in map(self._sample, range(len(self)))]
         return fingerprint({"data": own, "base": self.base.fingerprint, "space": self.code.fingerprint(), "style": self.style, "flip": self.flip})
 
 # %% ../nbs/16_text2mask.ipynb #df57816a
-def _color_latent(self, index: int, mirrored: bool) -> tuple[torch.Tensor, str]:
-    "Latent (C, h, w) of one colour map, and its prompt."
-    if (index, mirrored) in self.kept: return self.kept[index, mirrored]
+def _labelled(self, index):
     sample = self.dataset[index]
     if sample.mask is None: raise SegsynError("A sample has no mask.", where=sample.key, fix="Leave it out, or label it first.")
     if not sample.caption.strip(): raise SegsynError("A sample has no caption.", where=sample.key, fix="Caption it first; the model learns from captions.")
+    return sample
+
+def _color_latent(self, index: int, mirrored: bool) -> tuple[torch.Tensor, str]:
+    "Latent (C, h, w) of one colour map, and its prompt."
+    if (index, mirrored) in self.kept: return self.kept[index, mirrored]
+    sample = self._sample(index)
     picture = self._picture(sample)
     pair = encode_images(self.base, np.ascontiguousarray(picture[:, ::-1] if mirrored else picture)[None])[0].float().cpu(), build_prompt(sample.caption, sample.classes, self.style, self.base.tokenizers, self.space.names).text
     return self.kept.keep((index, mirrored), pair) if self.keep else pair
@@ -252,7 +257,7 @@ def _color_batch(self, items: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
     more = {"pooled": text.pooled, "time_ids": text.time_ids} if text.pooled is not None else {}
     return {"latents": torch.stack(latents), "hidden": text.hidden, **more}
 
-ColorMapData._latent, ColorMapData._drawn, ColorMapData.__getitems__ = _color_latent, _drawn, _color_batch
+ColorMapData._sample, ColorMapData._latent, ColorMapData._drawn, ColorMapData.__getitems__ = _labelled, _color_latent, _drawn, _color_batch
 ColorMapData._picture = lambda self, sample: self._map(sample) # what the denoiser learns to draw
 ColorMapData.__getitem__ = lambda self, item: {k: v[0] for k, v in self.__getitems__([item]).items()}
 
@@ -364,7 +369,8 @@ def check_labels(
     if not path.is_file(): raise SegsynError("There is no trained model here.", where=folder, found="no labels.json", fix="Train it first: `dvc repro` trains those of the pipeline.")
     known = LabelSpace.load(path)
     if known.fingerprint() != space.fingerprint():
-        raise SegsynError("The model was trained for another label space.", where=path, found=", ".join(known.names)[:80], allowed=", ".join(space.names)[:80] + " with the same colours", fix="Train it again on this label space.")
+        say = lambda s: shorten(", ".join(s.names), 80, placeholder=" ...") + ("" if known.names != space.names else f"; colours {[list(map(int, c)) for c in s.colors[:3]]} ...")
+        raise SegsynError("The model was trained for another label space.", where=path, found=say(known), allowed=say(space), fix="Train it again on this label space.")
     code = path.with_name("code.json")
     trained = read_json(code).get("shades") if code.is_file() else None
     say = lambda n: "one colour a class" if n is None else f"{n} shades a class of things"

@@ -54,6 +54,13 @@ def test_figures_about_instances_and_fewer_labels_are_those_of_the_results():
         assert figure in text, figure
 
 
+def test_figures_about_the_scale_of_labels_are_those_of_the_results():
+    measured = {scale: json.loads((ROOT / "results" / f"{name}.json").read_text()) for scale, name in (("0.2", "joint"), ("1", "full/joint-label-scale-1"), ("2", "full/joint-label-scale-2"))}
+    assert "agree at {:.0f} and {:.0f} %".format(*(100 * measured[scale]["ratio"] for scale in ("1", "2"))) in (ROOT / "README.md").read_text()
+    told = "".join(line for cell in json.loads((ROOT / "nbs" / "22_joint.ipynb").read_text())["cells"] for line in cell["source"])
+    for scale, own in measured.items(): assert f"| {scale} | {own['agreement']['pairs, regions below 0 pixels refined']['free']:.3f} | {own['classes_seen']['pictures of pairs']['f1']:.2f} | {own['classes']['f1']:.2f} |" in told
+
+
 def test_figures_about_longer_training_are_those_of_the_results():
     text, measured = (ROOT / "README.md").read_text(), lambda name: json.loads((ROOT / "results" / f"{name}.json").read_text())
     rows = {"of what true pictures do": [f"{100 * measured(f'{folder}mask2img')['ratio']:.0f} %" for folder in ("", "full/")],

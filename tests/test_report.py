@@ -43,8 +43,8 @@ def test_missing_parts(tmp_path):
 def test_absent_classes_are_not_zero(tmp_path):
     assert class_table(results(tmp_path, recipe("real", **{"val-A": score(0.4)})), "val-A").values.tolist() == [["background", "90.0"], ["bird", "40.0"], ["rare", "–"]]
 
-@pytest.mark.parametrize("better, worse, versus, verdict", [(0.5, 0.4, None, "shown"), (0.42, 0.4, None, "undecided"), (0.4, 0.42, None, "not shown"), (0.4, 0.4, None, "not shown"),
-    (0.42, 0.4, {"difference": 0.02, "low": 0.01, "high": 0.03}, "shown"), (0.5, 0.4, {"difference": 0.1, "low": -0.01, "high": 0.2}, "undecided")])
+@pytest.mark.parametrize("better, worse, versus, verdict", [(0.5, 0.4, None, "shown"), (0.42, 0.4, None, "undecided"), (0.4, 0.42, None, "undecided"), (0.4, 0.5, None, "not shown"), (0.4, 0.4, None, "undecided"),
+    (0.4, 0.42, {"difference": -0.02, "low": -0.03, "high": -0.01}, "not shown"), (0.4, 0.42, {"difference": -0.02, "low": -0.05, "high": 0.01}, "undecided"), (0.42, 0.4, {"difference": 0.02, "low": 0.01, "high": 0.03}, "shown"), (0.5, 0.4, {"difference": 0.1, "low": -0.01, "high": 0.2}, "undecided")])
 def test_verdicts(tmp_path, better, worse, versus, verdict):
     more = {"versus": {"real": versus}} if versus else {}
     metrics = results(tmp_path, recipe("real", **{"val-A": score(worse)}), recipe("synthetic", **{"val-A": score(better, **more)}))
@@ -74,4 +74,8 @@ def test_pairs_of_every_method_that_was_measured(tmp_path):
     write_json(tmp_path/"seggen.json", {name: {"samples": 7, "oracle_miou": 0.4, "foreground": 0.2, "ignored": 0.0} for name in ("imgsyn", "masksyn")})
     numbers, table = pair_numbers(tmp_path), pair_table(tmp_path)
     assert numbers.dataset.tolist() == ["attention", "imgsyn", "masksyn", "jodiffusion"] and numbers.samples.tolist() == [8, 7, 7, 9]
+    write_json(tmp_path/"mask2img.json", {"training_operations": 7e10})
+    assert pair_table(tmp_path)["and of training"].tolist() == ["0", "10", "–", "–"], "both of MaskSyn's trainings must be known"
+    write_json(tmp_path/"text2mask.json", {"training_operations": 14e10})
+    assert pair_table(tmp_path)["and of training"].tolist() == ["0", "10", "30", "–"]
     assert table["10⁹ operations a pair"].tolist() == ["30", "–", "–", "60"] and table["the oracle's mIoU against their masks"].tolist() == ["57.0", "40.0", "40.0", "50.0"]

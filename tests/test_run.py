@@ -13,7 +13,9 @@ import pytest
 from segsyn.base import SAMPLERS
 from segsyn.files import SegsynError
 from segsyn.prompts import PROMPT_STYLES
-from segsyn.run import Sampler, Style, read_notebook, read_params, read_yaml, run_profile, stage_values
+from segsyn.panoptic import MASK2FORMERS
+from segsyn.run import Mask2Former, Sampler, Segmenter, Style, check_section, read_notebook, read_params, read_yaml, run_profile, stage_values
+from segsyn.segmenter import SEGMENTERS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tests" / "notebooks").glob("*.ipynb"))
@@ -183,8 +185,18 @@ def test_a_stopped_stage_ends_its_kernel(project, number, statuses):
     assert not (project / "reports" / "slow.ipynb").exists()
 
 
-def test_schemas_know_the_samplers_and_prompt_styles_that_there_are():
-    assert set(get_args(Sampler)) == set(SAMPLERS) and set(get_args(Style)) == set(PROMPT_STYLES)
+def test_schemas_know_the_names_that_there_are():
+    assert all(set(get_args(known)) == set(there) for known, there in ((Sampler, SAMPLERS), (Style, PROMPT_STYLES), (Segmenter, SEGMENTERS), (Mask2Former, MASK2FORMERS)))
+
+@pytest.mark.parametrize("section, key, value, message", [("segment", "segmenter", "unett", "Did you mean 'unet'"), ("segment", "seeds", [0, 0], "different seeds"), ("attention", "quotas", "balancd", "Did you mean 'balanced'"),
+    ("attention", "quotas", {"bird": "two"}, r"attention.quotas.bird\n  found: 'two'\n  allowed: a valid number"), ("attention", "self_layers", [["up_blocks.1.attentions.0", 1]], r"attention.self_layers.0.1\n.*\n.*a valid string, or a valid list")])
+def test_wrong_values_are_named_where_they_are(section, key, value, message):
+    values = read_params(ROOT / "params.yaml")[section]
+    assert check_section(section, values)
+    with pytest.raises(SegsynError, match=message): check_section(section, {**values, key: value})
+
+def test_a_long_run_needs_a_folder(tmp_path):
+    with pytest.raises(SegsynError, match="--folder runs/voc"): run_profile("voc", root=tmp_path)
 
 def test_what_a_profile_started_ends_before_its_folder_is_cleared(tmp_path):
     grandchild = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path(sys.argv[1], 'saved').touch(), sys.exit(0)))\npathlib.Path(sys.argv[1], 'begun').touch()\ntime.sleep(60)"
@@ -216,7 +228,7 @@ def test_a_profile_run_goes_on_in_its_folder(begun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     for _ in range(2): assert run_profile("tiny", folder=folder, root=project) == 0
     assert len(copies) == 1 and read_params(folder / "params.yaml")["prepare"]["train"] == 3
-    with pytest.raises(SegsynError, match="not empty"): run_profile("tiny", settings=["prepare.train=4"], folder=folder, root=project)
+    with pytest.raises(SegsynError, match="(?s)not empty.*found: prepare.train: 3"): run_profile("tiny", settings=["prepare.train=4"], folder=folder, root=project)
     assert read_params(folder / "params.yaml")["prepare"]["train"] == 3
 
 
