@@ -307,6 +307,10 @@ def _read_part(root, record, name, max_pixels):
     picture, orientation, stored = _decode(path, max_pixels)
     return (_image_pixels(picture, path) if name == "image" else _mask_pixels(picture, stored, path)), orientation
 
+def _meant(name, space):
+    near = nearest_name(str(name), space.names)
+    return f"Did you mean {near!r}?" if near else None
+
 def _read_record(root, record, space, max_pixels):
     "({name: pixels}, {name: EXIF orientation}, [errors]) of a record."
     pixels, turned, errors = {}, {}, []
@@ -322,7 +326,7 @@ def _read_record(root, record, space, max_pixels):
         try: pixels["mask"] = _known_ids(pixels["mask"], space, Path(root, record["mask_file_name"]))
         except PictureError as error: errors.append(error)
     for name in record.get("classes") or ():
-        if name not in space.names: errors.append(PictureError("unknown-class", "A record names a class that labels.json does not have.", Path(root, record["image_file_name"]), repr(name), ", ".join(space.names), f"Did you mean {nearest_name(str(name), space.names)!r}?"))
+        if name not in space.names: errors.append(PictureError("unknown-class", "A record names a class that labels.json does not have.", Path(root, record["image_file_name"]), repr(name), ", ".join(space.names), _meant(name, space)))
     return pixels, turned, errors
 
 # %% ../nbs/05_dataset.ipynb #65a16325

@@ -330,10 +330,12 @@ def side_by_side(
     function: Callable,             # from a module, where there are several workers
     calls: Sequence[tuple],         # the arguments of each call
     workers: int = 1,               # processes; 1: here, one after the other
-    start: Callable | None = None,  # called first in each process
+    start: Callable | None = None,  # called first in each process, this one where there is no other
     inputs: tuple = (),             # of `start`
 ) -> list:                          # what the calls return, in their order
     "Call a function several times, so many calls at once. What a call raises is raised here. Raises SegsynError where a worker dies."
-    if workers == 1 or len(calls) < 2: return [function(*c) for c in calls]
+    if workers == 1 or len(calls) < 2:
+        if start is not None: start(*inputs)
+        return [function(*c) for c in calls]
     with worker_pool(min(workers, len(calls)), start, *inputs) as pool:
         return [future.result() for future in [pool.submit(function, *c) for c in calls]]

@@ -192,9 +192,9 @@ def load_pretrained(
     offline: bool | None = None,  # never use the network? None: as HF_HUB_OFFLINE says
     **options,                    # handed to from_pretrained
 ):                                # what cls.from_pretrained makes of it
-    "Load from a checked local folder: safetensors only, no foreign code, no weight left at random. Raises SegsynError."
-    banned = sorted({"trust_remote_code", "custom_pipeline", "use_safetensors", "revision"} & set(options))
-    if banned: raise SegsynError("This option is not open to choice.", where="load_pretrained", found=", ".join(banned), fix="Write a revision after @ in the reference. Foreign code and pickles are never loaded.")
+    "Load from a checked local folder: safetensors only, no foreign code, no weight of a model left at random (the parts of a pipeline are checked by diffusers alone). Raises SegsynError."
+    banned = sorted({"trust_remote_code", "custom_pipeline", "use_safetensors", "revision", "ignore_mismatched_sizes"} & set(options))
+    if banned: raise SegsynError("This option is not open to choice.", where="load_pretrained", found=", ".join(banned), fix="Write a revision after @ in the reference. Foreign code and pickles are never loaded, and no weight is left at random.")
     pipeline = any(c.__name__ == "DiffusionPipeline" for c in cls.__mro__)
     required = ("model_index.json",) if pipeline or subfolder else ("config.json",) if _holds_weights(cls) else ()
     folder = resolve_model(reference, required, offline)

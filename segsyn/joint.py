@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .base import decode_latents, encode_images
+from .base import decode_latents, encode_images, resolve_device
 from .dataset import LimitedCache, Sample, SegmentationDataset
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint
 from .label_vae import LabelVAE, decode_labels, encode_labels, load_label_vae, save_label_vae
@@ -240,7 +240,7 @@ def train_joint(
     "Train the joint model (JoDiffusion, equation 6). Raises SegsynError where the folder holds a run with other settings."
     loss, uvit = JointLoss(joint, weights, min_snr_gamma, noise, clean_text), copy.deepcopy(joint.base.uvit).requires_grad_(True)
     known = {"joint": joint.fingerprint, "data": data.fingerprint(), "weights": loss.weights, "min_snr_gamma": min_snr_gamma, "noise": noise, "clean_text": clean_text, "lora_rank": lora_rank, **(facts or {})}
-    uvit.use_explicit_attention((config.device or str(joint.base.device)) == "cpu")
+    uvit.use_explicit_attention(resolve_device(config.device or joint.base.device).type == "cpu")
     if lora_rank is not None: add_low_rank(uvit, lora_rank, config.seed)
     trained = Joint(replace(joint.base, uvit=uvit), joint.label_vae, joint.space)
     result = fit(uvit, data, loss, config, folder, validate=_draw_on_the_way(trained, prompts, config.seed) if len(prompts) else None, facts=known, progress=progress)

@@ -17,7 +17,7 @@ from diffusers import ControlNetModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from .base import Base, DiffusionLoss, decode_latents, encode_prompts, load_base, predict_noise, sample_latents, use_explicit_attention
+from .base import Base, DiffusionLoss, decode_latents, encode_prompts, load_base, predict_noise, resolve_device, sample_latents, use_explicit_attention
 from .dataset import Sample, SegmentationDataset, StoredSample
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
 from .hub import load_pretrained
@@ -91,7 +91,7 @@ def train_mask2img(
 ) -> tuple[ControlNetModel, TrainResult]: # in evaluation mode; saves and loads as diffusers does
     "Train a ControlNet on colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings, and if the denoiser has not stayed frozen."
     controlnet, frozen = create_controlnet(base, seed=config.seed), copy.deepcopy(base.unet).float()
-    if (config.device or str(base.device)) == "cpu":
+    if resolve_device(config.device or base.device).type == "cpu":
         for part in (frozen, controlnet): use_explicit_attention(part)
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(ControlledDenoiser(frozen, controlnet), data, Mask2ImgLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)

@@ -103,7 +103,7 @@ def iou_table(
     confusion: np.ndarray,     # (K,K) or (K,K+1)
     names: Sequence[str],      # K class names
 ) -> pd.DataFrame:             # indexed by class, last row "mean"; ratios in 0..1
-    "IoU, precision, recall and pixels of every class, and their means over the classes that occur. Raises SegsynError for a wrong number of names."
+    "IoU, precision, recall and pixels of every class, and their means: of IoU over classes in truth or prediction, of precision over those predicted, of recall over those in the truth. Raises SegsynError for a wrong number of names."
     hits, true, predicted = _parts(confusion)
     if len(names) != len(hits): raise SegsynError("The names do not fit the table.", "iou_table", f"{len(names)} names for {len(hits)} classes")
     table = pd.DataFrame({"IoU": _iou(hits, true, predicted), "precision": _iou(hits, hits, predicted), "recall": _iou(hits, true, hits),
@@ -142,7 +142,7 @@ def _drawn_weights(count, groups, draws, seed):
 
 def bootstrap_mean_iou(
     confusions: np.ndarray,                            # (N,K,K) or (N,K,K+1), one table a scene
-    groups: Sequence[Sequence[Hashable]] | None = None,  # N lists: the cut-outs (and background) in each scene; None draws scenes
+    groups: Sequence[Sequence[Hashable]] | None = None,  # N lists: the cut-outs in each scene, with its background or without; None draws scenes
     draws: int = 1000,                                 # resamples
     seed: int = 0,                                     # of the draws
     confidence: float = 0.95,                          # of the interval

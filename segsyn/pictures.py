@@ -65,7 +65,9 @@ def color_map(
     name: str = "magma",       # one of matplotlib's colour maps
 ) -> np.ndarray:               # uint8 (H,W,3)
     "A map of numbers as a picture. A constant map gets one colour, not an error."
-    if name not in plt.colormaps: raise SegsynError("There is no such colour map.", found=name, fix=f"Did you mean {nearest_name(name, plt.colormaps)!r}?")
+    if name not in plt.colormaps:
+        near = nearest_name(name, plt.colormaps)
+        raise SegsynError("There is no such colour map.", found=name, fix=f"Did you mean {near!r}?" if near else "matplotlib.colormaps lists them.")
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]
     low = (finite.min() if finite.size else 0.) if low is None else low

@@ -104,8 +104,8 @@ class Prompt:
 # %% ../nbs/07_prompts.ipynb #d6cfc5c5
 def _head_and_tail(caption: str, classes: tuple[str, ...], style: str) -> tuple[str, str]:
     if style not in PROMPT_STYLES:
-        raise SegsynError(f"unknown prompt style {style!r}", found=style, allowed=", ".join(PROMPT_STYLES),
-                          fix=f"did you mean {nearest_name(str(style), PROMPT_STYLES)!r}?")
+        near = nearest_name(str(style), PROMPT_STYLES)
+        raise SegsynError(f"unknown prompt style {style!r}", found=style, allowed=", ".join(PROMPT_STYLES), fix=f"did you mean {near!r}?" if near else None)
     if "caption" in style and (not isinstance(caption, str) or not caption.strip()):
         raise SegsynError("empty prompt", where=f"style {style!r}", found=repr(caption), fix="give a caption, or use a style without one")
     # a full stop before the separator would end the sentence twice

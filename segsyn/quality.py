@@ -146,6 +146,6 @@ def attention_miou(
     tau: int = 0,                  # how often self-attention is applied; 0: cross-attention alone
     threshold: float = 0.4,        # of the scaled maps, 0..1; below is background
 ) -> float:                        # mean IoU, 0..1
-    "How well attention finds the objects of true scenes (Dataset Diffusion, section 3.3)."
+    "How well attention finds the objects of true scenes (Dataset Diffusion, section 3.2)."
     found = [mask_from_maps(m, [space.id_of(c) for c in m.classes], s.image.shape[:2], tau, threshold, threshold, ignore_id=space.ignore_id)[0] for m, s in zip(maps, scenes, strict=True)]
     return float(mean_iou(sum(confusion_matrix(s.mask, m, space.num_classes, space.ignore_id) for m, s in zip(found, scenes))))

@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
-from .base import Base, DiffusionLoss, decode_latents, encode_images, encode_prompts, load_base, sample_latents, save_base, use_explicit_attention
+from .base import Base, DiffusionLoss, decode_latents, encode_images, encode_prompts, load_base, resolve_device, sample_latents, save_base, use_explicit_attention
 from .dataset import LimitedCache, Sample, SegmentationDataset
 from .files import SegsynError, atomic_folder, derive_seed, fingerprint, read_json, write_json
 from .labels import LabelSpace, check_mask, color_distance, decode_colors, encode_mask
@@ -275,7 +275,7 @@ def train_text2mask(
     "Fine-tune the denoiser on captions and colour maps (SegGen, section 3.2). Raises SegsynError where the folder holds a run with other settings."
     parts = {name: getattr(base, name) for name in ("vae", "text_encoders", "tokenizers", "scheduler_config", "dtype", "zero_empty")}
     painter = Base(unet=copy.deepcopy(base.unet).float().requires_grad_(True), **parts)
-    on_cpu = (config.device or str(base.device)) == "cpu"
+    on_cpu = resolve_device(config.device or base.device).type == "cpu"
     if on_cpu: use_explicit_attention(painter.unet)
     known = {"data": data.fingerprint(), "min_snr_gamma": min_snr_gamma, "caption_dropout": caption_dropout, **(facts or {})}
     result = fit(painter.unet, data, DiffusionLoss(base, min_snr_gamma, caption_dropout), config, folder, facts=known, progress=progress)

@@ -87,9 +87,9 @@ class AutoencoderData:
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor]: # (index, seed)
         index, seed = item
         rng = np.random.default_rng(seed)
-        image = flat_picture(seed, self.images.shape[1]) if rng.random() < self.flat_share else np.array(self.images[index])
+        image = flat_picture(derive_seed(seed, "flat"), self.images.shape[1]) if rng.random() < self.flat_share else np.array(self.images[index])
         if rng.random() < 0.5: image = image[:, ::-1].copy()
-        return {"pixels": torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1}
+        return {"pixels": torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1} # a copy: some pictures are read-only
 
 # %% ../nbs/14_tiny_base.ipynb #b4b061a3
 def create_autoencoder(channels: tuple[int, ...] = (32, 64, 64), # width at 64, 32 and 16 pixels

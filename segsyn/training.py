@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
-from .base import resolve_precision
+from .base import resolve_device, resolve_precision
 from .files import (SegsynError, atomic_folder, atomic_write, canonical_json, derive_seed, explain_difference, fingerprint,
                           folder_lock, read_json, settings_error, verify_manifest, write_json, write_manifest)
 
@@ -482,7 +482,7 @@ def fit(
     Several processes must call `model(...)` in the loss, not a part of it. Raises SegsynError for other settings than the folder's,
     for a loss or gradient that is not finite, and where memory or disk end; LockedError where another process trains in the folder."""
     with ExitStack() as stack:
-        stack.enter_context(_circumstances(config, config.device or next(model.parameters()).device.type))
+        stack.enter_context(_circumstances(config, resolve_device(config.device or next(model.parameters()).device).type))
         own_forward = "forward" in vars(model)
         run = _make_run(model, data, config, folder, facts)
         stack.callback(_restore_forward, run, own_forward)

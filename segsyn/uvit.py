@@ -808,7 +808,7 @@ def train_uvit(
     progress: bool = True,     # a progress bar
 ) -> TrainResult:
     "Train the transformer as UniDiffuser was trained, with pictures of every class on the way."
-    on_cpu = (config.device or str(base.device)) == "cpu"
+    on_cpu = resolve_device(config.device or base.device).type == "cpu"
     shown, loss = list(class_prompts() if prompts is None else prompts)*2, MultimodalLoss(base, weights, min_snr_gamma, clean_text)
     seeds = [derive_seed(config.seed, "validation", k) for k in range(len(shown))]
 
