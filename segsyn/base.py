@@ -140,9 +140,9 @@ class Base:
     reference: str = "in memory" # where it came from
     dtype: torch.dtype = torch.float32 # what the denoiser computes in
     zero_empty: bool = False     # SDXL: "no prompt" is a vector of zeros, not the encoding of an empty text
-    _cache: OrderedDict = field(default_factory=OrderedDict) # encoded prompts
-    _source: tuple | None = None    # the folder, and the weights' version when they were read from it
-    _known: tuple = (-1, "") # the weights' version, and their fingerprint
+    _cache: OrderedDict = field(default_factory=OrderedDict, init=False) # encoded prompts; like the next two not taken over by `replace`, whose parts are others
+    _source: tuple | None = field(default=None, init=False)  # the folder, and the weights' version when they were read from it
+    _known: tuple = field(default=(-1, ""), init=False)      # the weights' version, and their fingerprint
 
     def __repr__(self): return f"Base({self.kind!r}, {self.reference!r}, {self.image_size} pixels, {str(self.dtype).removeprefix('torch.')})"
     @property
@@ -346,10 +346,10 @@ def _normalise(base, latents, forward):
 def _pixels(images, device):
     "uint8 (B,H,W,3) or float (B,3,H,W) in -1..1 -> float tensor"
     images = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images)
-    if images.dtype == torch.uint8: images = images.permute(0, 3, 1, 2).float()/127.5 - 1
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise SegsynError("Images have the wrong shape.", where="encode_images", found=tuple(images.shape), allowed="uint8 (B,H,W,3), or float (B,3,H,W) from -1 to 1")
-    return images.to(device, torch.float32)
+    last = images.dtype == torch.uint8 # where the colours are
+    if images.ndim != 4 or images.shape[3 if last else 1] != 3:
+        raise SegsynError("Images have the wrong shape.", where="encode_images", found=f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}", allowed="uint8 (B,H,W,3), or float (B,3,H,W) from -1 to 1")
+    return (images.permute(0, 3, 1, 2).float()/127.5 - 1 if last else images).to(device, torch.float32)
 
 # %% ../nbs/09_base.ipynb #403f0337
 @torch.no_grad()

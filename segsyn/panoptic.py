@@ -28,7 +28,7 @@ from .labels import LabelSpace
 from .metrics import _count, _drawn_weights, confusion_matrix, mean_iou
 from .pictures import tile_images
 from .hub import load_pretrained, resolve_model
-from .base import resolve_precision
+from .base import resolve_device, resolve_precision
 from .tiny_base import reconstruct
 from .training import TrainConfig, TrainResult, fit
 from .text2mask import ColorCode, check_instances
@@ -238,12 +238,12 @@ def _load_weights(model, reference, space):
 def load_mask2former(
     reference: str | Path,            # a folder, or "org/name@revision"
     space: LabelSpace | None = None,  # the label space the caller works in; None accepts any
-    device: str = "cpu",              # where the weights go
+    device: str = "cpu",              # where the weights go; "auto": a GPU where there is one
 ) -> Mask2FormerForUniversalSegmentation: # in eval mode
     "A saved Mask2Former. Raises SegsynError where its classes differ from `space`, or weights are missing."
     with _quiet(): model = load_pretrained(Mask2FormerForUniversalSegmentation, reference)
     if space is not None: _fits(model, space, str(reference))
-    return model.to(device).eval()
+    return model.to(resolve_device(device)).eval()
 
 def _fits(model, space, where="model"):
     "Raise SegsynError unless the model was made for this label space: classes in their order, and the same things."

@@ -279,7 +279,8 @@ def sample_images(base: Base, # any base
                   guidance: float = 5.0, # classifier-free guidance
                   batch_size: int = 22, # fixed shape of a chunk
                   ) -> np.ndarray: # uint8 (N, H, W, 3)
-    "Images for prompts, in chunks of one shape, so that a sample does not depend on how many are asked for."
+    "Images for prompts, in chunks of one shape, so that a sample does not depend on how many are asked for. Raises SegsynError for no prompts, or another number of seeds."
+    if not len(prompts) or len(prompts) != len(seeds): raise SegsynError("Every sample needs a prompt and a seed.", where="sample_images", found=f"{len(prompts)} prompts, {len(seeds)} seeds")
     images = []
     for start in range(0, len(prompts), batch_size):
         count = len(prompts[start:start + batch_size])

@@ -1,5 +1,6 @@
 "The contracts of segsyn.base that its notebook does not show: full-size shapes, other kinds of bases, wrong input, damaged folders."
 import json, os, shutil, subprocess, sys
+from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from segsyn.base import (SAMPLERS, Base, Conditioning, DenoiserWithText, DiffusionLoss, add_noise, base_fingerprint, build_parts, decode_latents, diffusion_loss,
@@ -76,6 +77,18 @@ def test_fingerprint_follows_training(folder):
     before = base.fingerprint
     with torch.no_grad(): next(base.unet.parameters()).add_(1e-3)
     assert base.fingerprint != before
+
+
+def test_fingerprint_follows_the_parts(folder):
+    base = load_base(folder)
+    encoded, other = encode_prompts(base, ["a bird"]), make_tiny_base(seed=5)
+    assert base.fingerprint != replace(base, unet=other.unet).fingerprint
+    assert not torch.equal(encoded.hidden, encode_prompts(replace(base, text_encoders=other.text_encoders), ["a bird"]).hidden)
+
+
+@pytest.mark.parametrize("images", [np.zeros((16, 16, 3), np.uint8), np.zeros((2, 3, 16, 16), np.uint8), np.zeros((2, 16, 16, 3), np.float32)])
+def test_images_of_another_shape_are_refused(folder, images):
+    with pytest.raises(SegsynError, match=r"(?s)wrong shape.*\(.*16, 16.*\)"): encode_images(load_base(folder), images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
