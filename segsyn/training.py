@@ -230,7 +230,7 @@ def _load(run, place):
     run.step, run.window, run.history = state["step"], state["window"], state["history"]
 
 # %% ../nbs/10_training.ipynb #b1e20027
-_free_settings = ("workers", "keep_checkpoints", "log_every", "validate_every", "checkpoint_every")
+_free_settings = ("workers", "threads", "keep_checkpoints", "log_every", "validate_every", "checkpoint_every") # of threads the run's facts hold the true number
 
 def _check_same(run, place):
     state, new = read_json(place/"state.json"), json.loads(canonical_json(run.facts))

@@ -146,6 +146,12 @@ def test_changed_settings_are_refused_by_name(tmp_path, changes, named):
     with pytest.raises(SegsynError, match="model.trained"): fit(nn.Sequential(nn.Conv1d(2, 1, 1)), Waves(), noisy_loss, settings(), tmp_path)
 
 
+def test_other_threads_are_warned_of(tmp_path):
+    fit(make_model(), Waves(), noisy_loss, settings(steps=4, threads=1), tmp_path)
+    with pytest.warns(UserWarning, match="another number of threads"): result = fit(make_model(), Waves(), noisy_loss, settings(steps=6, threads=2), tmp_path)
+    assert result.steps == 6
+
+
 def test_longer_run_continues_and_a_schedule_does_not(tmp_path):
     for steps in (6, 12): fit(make_model(), Waves(), noisy_loss, settings(steps=steps), tmp_path/"grown")
     fit(make_model(), Waves(), noisy_loss, settings(), tmp_path/"straight")
