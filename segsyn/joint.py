@@ -29,7 +29,7 @@ from .prompts import build_prompt
 from .refine import refine_mask
 from .segmenter import model_fingerprint
 from .synthesis import ChunkedMethod, method_settings
-from .text2mask import ColorMapData, check_labels
+from .text2mask import ColorMapData, check_labels, check_same_space
 from .training import TrainConfig, TrainResult, fit
 from .uvit import UNIDIFFUSER_V1, MultimodalLoss, UViT, UViTBase, grow_uvit, load_uvit_base, sample_modalities, save_uvit_base, unidiffuser_config
 
@@ -316,7 +316,7 @@ class JoDiffusion(ChunkedMethod):
     ):
         self.settings, self.space = method_settings(JoDiffusionSettings, settings, **changes), space
         self.joint = joint if isinstance(joint, Joint) else load_joint(joint, space, device, precision)
-        _check_space(self.joint.space, space, "JoDiffusion")
+        check_same_space(self.joint.space, space, "JoDiffusion")
         self.chunk_size = self.settings.chunk_size
 
     def fingerprint(self) -> dict:

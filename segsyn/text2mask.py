@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['shade_space', 'check_instances', 'encode_instances', 'decode_instances', 'ColorCode', 'ColorMapData',
            'train_text2mask', 'Text2MaskSettings', 'paint_masks', 'map_doubt', 'save_text2mask', 'load_text2mask',
-           'save_labels', 'check_labels', 'Text2Mask', 'clear_enough', 'nearest_masks', 'coarse_mask',
-           'class_agreement']
+           'save_labels', 'check_same_space', 'check_labels', 'Text2Mask', 'clear_enough', 'nearest_masks',
+           'coarse_mask', 'class_agreement']
 
 # %% ../nbs/16_text2mask.ipynb #6c1956d8
 import copy
@@ -359,6 +359,16 @@ def save_labels(
     space.save(Path(folder) / "labels.json")
     if shades is not None: write_json(Path(folder) / "code.json", {"shades": shades})
 
+def check_same_space(
+    known: LabelSpace,     # that a model was trained for
+    space: LabelSpace,     # that is wanted
+    where: str | Path = "", # for the message
+) -> None:
+    "Raises SegsynError where two label spaces differ, in names or in colours."
+    if known.fingerprint() == space.fingerprint(): return
+    say = lambda s: shorten(", ".join(s.names), 80, placeholder=" ...") + ("" if known.names != space.names else f"; colours {[list(map(int, c)) for c in s.colors[:3]]} ...")
+    raise SegsynError("The model was trained for another label space.", where=where, found=say(known), allowed=say(space), fix="Train it again on this label space.")
+
 def check_labels(
     folder: str | Path,        # with a labels.json
     space: LabelSpace,         # that is wanted
@@ -367,10 +377,7 @@ def check_labels(
     "Raises SegsynError where a model's label space is missing or another one, or its colours tell instances in another way."
     path = Path(folder) / "labels.json"
     if not path.is_file(): raise SegsynError("There is no trained model here.", where=folder, found="no labels.json", fix="Train it first: `dvc repro` trains those of the pipeline.")
-    known = LabelSpace.load(path)
-    if known.fingerprint() != space.fingerprint():
-        say = lambda s: shorten(", ".join(s.names), 80, placeholder=" ...") + ("" if known.names != space.names else f"; colours {[list(map(int, c)) for c in s.colors[:3]]} ...")
-        raise SegsynError("The model was trained for another label space.", where=path, found=say(known), allowed=say(space), fix="Train it again on this label space.")
+    check_same_space(LabelSpace.load(path), space, path)
     code = path.with_name("code.json")
     trained = read_json(code).get("shades") if code.is_file() else None
     say = lambda n: "one colour a class" if n is None else f"{n} shades a class of things"

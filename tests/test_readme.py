@@ -37,7 +37,7 @@ def test_figures_about_the_sweeps_are_those_of_the_results():
     def difference(pair, split): return "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in differences[pair][split].items()})
     both, splits = "real+masksyn+imgsyn", ("val-A", "val-B", "unseen")
     for figure in (*(" / ".join(score(choice, split) for split in splits) for choice in ("long-real", "long-ceiling", f"long-{both}", "strategy-pretrain", "strategy-real", "alone-masksyn+imgsyn", "alone-attention", "fifth-real", f"fifth-{both}")), *(difference("alone-jodiffusion minus alone-jodiffusion-250", split) for split in splits), *(difference("alone-masksyn+imgsyn minus alone-imgsyn", split) for split in splits[:2]),
-                   difference(f"fifth-{both} minus fifth-real", "val-A"), *(difference("strategy-pretrain minus strategy-real", split) for split in splits), difference("long-ceiling minus long-real", "val-A"), *(difference(f"long-{both} minus {other}", split) for other in ("long-real", "strategy-pretrain") for split in splits),
+                   difference(f"fifth-{both} minus fifth-real", "val-A"), *(difference("strategy-pretrain minus strategy-real", split) for split in splits), *(difference(f"by-loss-{recipe} minus seeds-{recipe}", split) for recipe, split in (("real+jodiffusion", "val-A"), ("real+jodiffusion", "val-B"), (both, "val-A"), ("real+attention", "val-A"))), *(difference(f"{kind}-real+masksyn minus seeds-real+masksyn", "val-B") for kind in ("refined", "present", "near")), difference("long-ceiling minus long-real", "val-A"), *(difference(f"long-{both} minus {other}", split) for other in ("long-real", "strategy-pretrain") for split in splits),
                    f"from {score('seeds-real', 'val-A')} without to {score('alone-masksyn+imgsyn', 'val-A')}", f"from {score('seeds-real', 'val-B')} to {score('share-0.6', 'val-B')}",
                    f"from {score('amount-125', 'val-B')} to {score(f'seeds-{both}', 'val-B')}", *(difference(pair, "val-B") for pair in (*(f"fifth-{recipe} minus fifth-real" for recipe in ("real+masksyn", "real+imgsyn", both)), f"seeds-{both} minus amount-125", "seeds-real+jodiffusion minus pairs-250", f"bare-{both} minus bare-real", f"seeds-{both} minus seeds-real")),
                    *(score(f"deeplab-{recipe}", "val-B") for recipe in ("attention", "masksyn+imgsyn", "jodiffusion", "real", "real+attention", both, "real+jodiffusion"))):
@@ -52,6 +52,13 @@ def test_figures_about_instances_and_fewer_labels_are_those_of_the_results():
                    f"(F1 {measured('panoptic-text2mask')['agreement']['f1']:.2f} against {measured('text2mask')['agreement']['f1']:.2f}", f"({100 * measured('panoptic-mask2img')['ratio']:.0f} and {100 * measured('mask2img')['ratio']:.0f} %)",
                    f"(F1 {measured('fifth-text2mask')['agreement']['f1']:.2f})", f"obey at {100 * measured('fifth-mask2img')['ratio']:.0f} %"):
         assert figure in text, figure
+
+
+def test_figures_about_filters_are_those_of_the_results():
+    text, measured = (ROOT / "README.md").read_text(), {name: json.loads((ROOT / "results" / "filters" / f"{name}-by-loss.json").read_text()) for name in ("jodiffusion", "masksyn", "imgsyn", "attention")}
+    before, after = ({name: f"{100 * own[state]['oracle_miou']:.1f}" for name, own in measured.items()} for state in ("as made", "filtered"))
+    lost = [100 * own["filtered"]["confirmed labels lost"] for own in measured.values()]
+    for figure in (f"masks at {after['jodiffusion']} mIoU, before at {before['jodiffusion']}", *(f"at {after[name]} ({before[name]})" for name in ("masksyn", "imgsyn", "attention")), f"{min(lost):.0f} to {max(lost):.0f} % of the labels that the oracle confirms"): assert figure in text, figure
 
 
 def test_figures_about_the_scale_of_labels_are_those_of_the_results():
