@@ -296,7 +296,7 @@ def test_parts_that_do_not_fit_are_refused(base, vae, joint, saved, tmp_path):
     other = LabelSpace.create(["disc", "cross"], background="background")
     with pytest.raises(SegsynError, match="another label space"): load_joint(saved, other)
     with pytest.raises(SegsynError, match="another label space"): JoDiffusion(joint, other)
-    with pytest.raises(SegsynError, match="no trained joint"): load_joint(tmp_path, SPACE)
+    with pytest.raises(SegsynError, match="no trained model"): load_joint(tmp_path, SPACE)
     with pytest.raises(SegsynError, match="no label tokens"): Joint(base, vae, SPACE)
     with pytest.raises(SegsynError, match="label tokens already"): create_joint(joint.base, vae, SPACE)
     with pytest.raises(SegsynError, match="do not fit"): create_joint(base, LabelVAE(3, latent_channels=3, channels=[8, 16, 16]), SPACE)
