@@ -261,7 +261,7 @@ def pair_numbers(
         own["attention"] = {"samples": own["attention"]["images"], "oracle_miou": found.get("masks", {}).get("oracle_miou"), "operations": own["attention"].get("operations"), **{k: own["attention"].get(f"mean {k}") for k in ("foreground", "ignored")}}
     for name, (method, trainings) in _pair_files.items():
         spent = [found.get(t, {}).get("training_operations") for t in trainings]
-        if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}, "training": None if None in spent else float(sum(spent))})
+        if name in own: rows.append({"dataset": name, "method": method, "agreement": own[name].get("oracle_miou"), **{k: own[name].get(k) for k in ("samples", "foreground", "ignored", "operations")}, "training": np.nan if None in spent else float(sum(spent))})
     return pd.DataFrame(rows, columns=["dataset", "method", "samples", "agreement", "foreground", "ignored", "operations", "training"])
 
 def pair_table(

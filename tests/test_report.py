@@ -67,6 +67,9 @@ def test_extremes():
 
 def test_pairs_of_every_method_that_was_measured(tmp_path):
     assert pair_table(tmp_path).empty
+    write_json(tmp_path/"seggen.json", {"imgsyn": {"samples": 7, "oracle_miou": 0.4, "foreground": 0.2, "ignored": 0.0}})
+    assert pair_table(tmp_path)["and of training"].tolist() == ["–"], "of the one dataset that there is the training is not known"
+    (tmp_path/"seggen.json").unlink()
     write_json(tmp_path/"attention.json", {"images": 8, "mean foreground": 0.3, "mean ignored": 0.04, "operations": 3e10})
     write_json(tmp_path/"jodiffusion.json", {"samples": 9, "oracle_miou": 0.5, "foreground": 0.2, "ignored": 0.0, "operations": 6e10})
     assert pair_table(tmp_path)["the oracle's mIoU against their masks"].tolist() == ["–", "50.0"], "without the mask study nothing is known of Dataset Diffusion's agreement"
